@@ -1,0 +1,1 @@
+"""Codes as tokens: vocabulary, completions, decoding and code accuracy."""

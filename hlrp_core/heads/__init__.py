@@ -1,0 +1,64 @@
+"""Action heads: from codes, state and a backbone's prefix to chunks of continuous actions."""
+
+from __future__ import annotations
+
+import difflib
+
+from hlrp_core.heads.action_head import (
+    ActionContext,
+    ActionHead,
+    ActionHeadConfig,
+    CodeConditioning,
+    ContextSizes,
+    PrefixEncoding,
+)
+from hlrp_core.heads.flow import FlowHead
+from hlrp_core.heads.flow_matching import Guidance
+from hlrp_core.heads.mlp import MLPHead
+from hlrp_core.heads.prefix_flow import PrefixFlowHead
+
+ACTION_HEADS: dict[str, type[ActionHead]] = {
+    "mlp": MLPHead,
+    "flow": FlowHead,
+    "prefix_flow": PrefixFlowHead,
+}
+
+
+def build_action_head(
+    config: ActionHeadConfig, *, prefix_dim: int | None, codebook_size: int, code_seq_len: int
+) -> ActionHead:
+    """The head that `config.kind` names, with fresh weights.
+
+    Args:
+        config: settings and sizes of the head.
+        prefix_dim: width of the backbone's hidden states; None where there is no prefix.
+        codebook_size: K.
+        code_seq_len: S.
+
+    Raises:
+        ValueError: unknown kind (the closest name is offered), or the head lacks something it needs.
+    """
+    if config.kind not in ACTION_HEADS:
+        closest = difflib.get_close_matches(config.kind, ACTION_HEADS, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"action head kind: expected one of {', '.join(ACTION_HEADS)}, got '{config.kind}'. "
+            f"Next step: did you mean '{closest}'?"
+        )
+    sizes = ContextSizes(prefix_dim=prefix_dim, codebook_size=codebook_size, code_seq_len=code_seq_len)
+    return ACTION_HEADS[config.kind](config, sizes)
+
+
+__all__ = [
+    "ACTION_HEADS",
+    "ActionContext",
+    "ActionHead",
+    "ActionHeadConfig",
+    "CodeConditioning",
+    "ContextSizes",
+    "FlowHead",
+    "Guidance",
+    "MLPHead",
+    "PrefixEncoding",
+    "PrefixFlowHead",
+    "build_action_head",
+]

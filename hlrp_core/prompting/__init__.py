@@ -1,0 +1,1 @@
+"""Prompts: settings (`prompt.py`), the strategies, and their names (`catalogue.py`)."""

@@ -1,0 +1,269 @@
+"""ModelCore: one family of vision-language models behind five verbs.
+
+A core loads the weights and owns the processor; it knows how an image becomes tokens and positions, and runs the
+backbone. It knows nothing of prompts' wording, codes or actions.
+
+Shape legend: B batch, L tokens, W hidden width, V vocabulary rows, P position axes (1, or 3 for multimodal rope),
+N images of a call, H W image height and width.
+"""
+
+from __future__ import annotations
+
+import abc
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, ProcessorMixin
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hlrp_core.prompting.prompt import PaddingSide
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """Images as the backbone takes them, and what stands for each of them in a prompt.
+
+    Args:
+        tensors: keyword arguments of the model's forward, such as `pixel_values`.
+        layouts: one hashable layout for each image, in order: equal layouts have equal tokens and positions.
+    """
+
+    tensors: dict[str, Tensor]
+    layouts: list[tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """One prompt as ids.
+
+    Args:
+        ids: `[L]` long.
+        positions: `[P, L]` long.
+    """
+
+    ids: Tensor
+    positions: Tensor
+
+    @property
+    def next_position(self) -> int:
+        return int(self.positions.max()) + 1
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """A padded batch of token sequences.
+
+    Args:
+        ids: `[B, L]` long.
+        valid_mask: `[B, L]` bool, False on padding.
+        positions: `[P, B, L]` long.
+        next_position: `[B]` long: where each sequence continues.
+        is_padded: whether any row has padding, known without asking the device.
+        padding_side: where that padding is.
+    """
+
+    ids: Tensor
+    valid_mask: Tensor
+    positions: Tensor
+    next_position: Tensor
+    is_padded: bool
+    padding_side: PaddingSide
+
+    @classmethod
+    def pad(cls, prompts: list[EncodedPrompt], *, pad_id: int, side: PaddingSide, device: torch.device) -> TokenBatch:
+        """Stack prompts of different length, padding on `side`."""
+        lengths = [len(p.ids) for p in prompts]
+        longest = max(lengths)
+        if min(lengths) == longest:
+            ids, positions = (
+                torch.stack([p.ids for p in prompts]),
+                torch.stack([p.positions for p in prompts], dim=1),
+            )
+            valid_mask = torch.ones_like(ids, dtype=torch.bool)
+        else:
+            ids = torch.full((len(prompts), longest), pad_id)
+            positions = torch.zeros((prompts[0].positions.shape[0], *ids.shape), dtype=torch.long)
+            valid_mask = torch.zeros(ids.shape, dtype=torch.bool)
+            for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+                where = slice(longest - length, longest) if side == "left" else slice(0, length)
+                ids[row, where], positions[:, row, where], valid_mask[row, where] = (
+                    prompt.ids,
+                    prompt.positions,
+                    True,
+                )
+        return cls(
+            ids=ids.to(device, non_blocking=True),
+            valid_mask=valid_mask.to(device, non_blocking=True),
+            positions=positions.to(device, non_blocking=True),
+            next_position=torch.tensor([p.next_position for p in prompts], device=device),
+            is_padded=min(lengths) < longest,
+            padding_side=side,
+        )
+
+    def append(self, new_ids: Tensor) -> TokenBatch:
+        """The same batch with `new_ids` `[B, N]` at the end of every row; right padding stays at the right."""
+        grown = self.continuation(new_ids)
+        ids, mask = torch.cat([self.ids, new_ids], dim=1), grown.valid_mask
+        positions = torch.cat([self.positions, grown.positions], dim=2)
+        if self.is_padded and self.padding_side == "right":
+            # a stable sort by "is padding" closes the gap between prompt and completion, row by row
+            order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)  # (B, L + N)
+            ids, mask = ids.gather(1, order), mask.gather(1, order)
+            positions = positions.gather(2, order.expand_as(positions))
+        return replace(grown, ids=ids, valid_mask=mask, positions=positions)
+
+    def continuation(self, new_ids: Tensor) -> TokenBatch:
+        """Only `new_ids` `[B, N]`, to be run over a cache of this batch; the mask covers both."""
+        steps = torch.arange(new_ids.shape[1], device=new_ids.device)
+        positions = self.next_position[:, None] + steps  # (B, N)
+        return replace(
+            self,
+            ids=new_ids,
+            valid_mask=torch.cat([self.valid_mask, torch.ones_like(new_ids, dtype=torch.bool)], dim=1),
+            positions=positions.expand(self.positions.shape[0], -1, -1),
+            next_position=self.next_position + new_ids.shape[1],
+        )
+
+
+class ModelCore(nn.Module, abc.ABC):
+    """A vision-language model of one family.
+
+    Args:
+        model: the family's own transformers class.
+        processor: the checkpoint's own processor.
+        image_size: pixels along a square image's side that the processor scales to; None keeps its settings.
+    """
+
+    family: ClassVar[str]
+    model_class: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
+        super().__init__()
+        self.model = model
+        self.processor = processor
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.processor.tokenizer  # type: ignore[attr-defined]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    @abc.abstractmethod
+    def hidden_dim(self) -> int:
+        """W."""
+
+    @property
+    @abc.abstractmethod
+    def max_positions(self) -> int:
+        """The longest sequence the model was made for."""
+
+    @property
+    @abc.abstractmethod
+    def image_token(self) -> str:
+        """The placeholder that chat templates write for an image."""
+
+    @property
+    @abc.abstractmethod
+    def plain_image_text(self) -> str:
+        """What a plain prompt writes for an image, `image_token` included."""
+
+    @abc.abstractmethod
+    def process_images(self, images: Tensor) -> ImageInputs:
+        """Images `[N, H, W, 3]` uint8 -> the model's own inputs, on the same device. One processor call."""
+
+    @abc.abstractmethod
+    def images_for_processor(self, images: Tensor, num_views: int) -> Any:
+        """Images `[B * num_views, H, W, 3]` as the whole processor takes them beside B texts."""
+
+    @abc.abstractmethod
+    def image_inputs_from_processor(self, output: Any) -> ImageInputs:
+        """The image part of the whole processor's output."""
+
+    @abc.abstractmethod
+    def image_ids(self, layout: tuple[int, ...]) -> list[int]:
+        """Ids that take the place of `image_token` for an image of this layout."""
+
+    @abc.abstractmethod
+    def build_positions(self, ids: Tensor, layouts: list[tuple[int, ...]]) -> Tensor:
+        """Positions `[P, L]` of one prompt `[L]` whose images have these layouts."""
+
+    @abc.abstractmethod
+    def forward(
+        self,
+        tokens: TokenBatch,
+        images: ImageInputs | None = None,
+        *,
+        cache: DynamicCache | None = None,
+        use_cache: bool = False,
+    ) -> tuple[Tensor, DynamicCache | None]:
+        """Last hidden states `[B, L, W]` of `tokens` (behind `cache`, where one is given), and the grown cache."""
+
+    @abc.abstractmethod
+    def generate(self, tokens: TokenBatch, images: ImageInputs, **kwargs: Any) -> Tensor:
+        """New ids `[B, N]` by Hugging Face `generate`: the slow reference of decoding."""
+
+    @abc.abstractmethod
+    def vision_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the vision tower."""
+
+    @property
+    def lm_head(self) -> nn.Linear:
+        return self.model.get_output_embeddings()  # type: ignore[return-value]
+
+    def check_length(self, num_tokens: int) -> None:
+        """Raises:
+        ValueError: the sequence is longer than the model's context; nothing is cut silently.
+        """
+        if num_tokens > self.max_positions:
+            raise ValueError(
+                f"prompt: expected at most {self.max_positions} tokens (the model's context), got {num_tokens}. "
+                "Next step: shorten the instruction, system prompt or few-shot text, or make the images smaller."
+            )
+
+    def grow_vocabulary(self, *, num_old: int, new_ids: Tensor, seed: int = 0) -> None:
+        """Initialise the rows of `new_ids` in the embedding and in the output projection.
+
+        Rows are added only when the table is too short: real checkpoints have spare rows. New rows start at the mean
+        of the `num_old` old ones plus small noise from a seeded generator: equal in every process, distinct from
+        each other.
+        """
+        needed = int(new_ids.max()) + 1
+        embedding = self.model.get_input_embeddings()
+        if needed > embedding.weight.shape[0]:  # type: ignore[operator]
+            self.model.resize_token_embeddings(needed, mean_resizing=False)
+        tables = {id(m.weight): m.weight for m in (self.model.get_input_embeddings(), self.lm_head)}  # tied: one
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for table in tables.values():
+                old = table[:num_old].float()  # type: ignore[index]
+                noise = torch.randn(len(new_ids), old.shape[1], generator=generator).to(old.device)
+                table[new_ids.to(old.device)] = (old.mean(0) + 0.5 * old.std(0) * noise).to(table.dtype)  # type: ignore[index]
+
+    def save_architecture(self, folder: Path) -> None:
+        """Write the backbone's `config.json` and the processor's files: everything but the weights."""
+        self.model.config.save_pretrained(folder)
+        if getattr(self.model, "generation_config", None) is not None:
+            self.model.generation_config.save_pretrained(folder)
+        save_processor(self.processor, folder)
+
+
+def save_processor(processor: ProcessorMixin, folder: Path) -> None:
+    """Save a processor as JSON files alone, so that every part of it survives an upload to the Hub.
+
+    LeRobot uploads `*.json` but no `*.jinja` and no `*.txt`: the chat template goes into `chat_template.json`, and
+    `tokenizer.json` carries vocabulary and merges.
+    """
+    processor.save_pretrained(folder)
+    for path in [*folder.glob("*.txt"), *folder.glob("*.jinja")]:
+        path.unlink()
+    if getattr(processor, "chat_template", None):
+        text = json.dumps({"chat_template": processor.chat_template}, indent=2)  # type: ignore[attr-defined]
+        (folder / "chat_template.json").write_text(text, encoding="utf-8")

@@ -1,0 +1,125 @@
+"""Qwen3-VL's vision tower with its tables kept and its attention batched.
+
+transformers computes rotary positions, position interpolation and attention image by image in Python loops. Images of
+one grid share the tables, and their attention is one batched call. The weights, the state dict and the results
+are those of transformers' class; the tests hold both equal.
+
+Shape legend: N images, P patches of one image, G = N * P patches of a call, E vision width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+    Qwen3VLVisionAttention,
+    Qwen3VLVisionModel,
+    apply_rotary_pos_emb_vision,
+    eager_attention_forward,
+)
+from transformers.utils.generic import is_flash_attention_requested
+
+
+def cache_grid_tables(visual: Qwen3VLVisionModel) -> None:
+    """Give a loaded vision tower the cached tables and the batched attention; its parameters stay its own."""
+    # Swapping the class, rather than binding functions to the instance, survives deepcopy and keeps the state dict.
+    visual.__class__ = CachedGridVisionModel
+    visual._grid_tables = {}  # type: ignore[attr-defined]
+    for block in visual.blocks:
+        block.attn.__class__ = BatchedVisionAttention
+
+
+class CachedGridVisionModel(Qwen3VLVisionModel):
+    """Computes a grid's tables once per grid, size and device."""
+
+    _grid_tables: dict[tuple, tuple[Tensor, ...]]
+
+    def rot_pos_emb(self, grid_thw: Tensor) -> Tensor:
+        """`[G, rotary width]`."""
+        grids = tuple(map(tuple, grid_thw.tolist()))
+        key = ("rotary", grids, str(grid_thw.device))
+        if key not in self._grid_tables:
+            with torch.no_grad():
+                self._remember(key, (super().rot_pos_emb(grid_thw),))
+        return self._grid_tables[key][0]
+
+    def fast_pos_embed_interpolate(self, grid_thw: Tensor) -> Tensor:
+        """`[G, E]`: the learnt position table, bilinearly interpolated to the grids."""
+        grids = tuple(map(tuple, grid_thw.tolist()))
+        weight = self.pos_embed.weight
+        key = ("interpolation", grids, str(weight.device), weight.dtype)
+        if key not in self._grid_tables:
+            indices, weights = zip(*(self._interpolation_table(grid) for grid in grids), strict=True)
+            self._remember(key, (torch.cat(indices, 1).to(weight.device), torch.cat(weights, 1).to(weight)))
+        indices, weights = self._grid_tables[key]  # (4, G) each
+        return (self.pos_embed(indices) * weights[:, :, None]).sum(0)  # (G, E)
+
+    def _remember(self, key: tuple, tables: tuple[Tensor, ...]) -> None:
+        if len(self._grid_tables) >= 64:  # data sets have few image sizes; this only bounds the odd one that has many
+            self._grid_tables.clear()
+        # a table made under inference mode must still serve a later training step
+        with torch.inference_mode(False):
+            self._grid_tables[key] = tuple(table.clone() for table in tables)
+
+    def _interpolation_table(self, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """Corner rows `[4, patches]` of the position table and their weights, in the merger's block order."""
+        time, height, width = grid
+        side = self.num_grid_per_side
+        rows, columns = torch.linspace(0, side - 1, height), torch.linspace(0, side - 1, width)
+        row, column = rows.int(), columns.int()
+        next_row, next_column = (row + 1).clip(max=side - 1), (column + 1).clip(max=side - 1)
+        down, right = (rows - row)[:, None], (columns - column)[None]
+        corners = [(row, column), (row, next_column), (next_row, column), (next_row, next_column)]
+        indices = torch.stack([(r * side)[:, None] + c[None] for r, c in corners])  # (4, height, width)
+        weights = torch.stack([(1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right])
+
+        def in_block_order(table: Tensor) -> Tensor:
+            merge = self.spatial_merge_size
+            blocks = table.view(4, height // merge, merge, width // merge, merge).transpose(2, 3)
+            return blocks.flatten(1).repeat(1, time)  # (4, time * height * width)
+
+        return in_block_order(indices.long()), in_block_order(weights)
+
+
+class BatchedVisionAttention(Qwen3VLVisionAttention):
+    """Attends within each image, all images of one length in a single call."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        rotary_pos_emb: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: object,
+    ) -> Tensor:
+        """`[G, E]` -> `[G, E]`; `cu_seqlens` `[N + 1]` says where images end."""
+        num_patches = hidden_states.shape[0]
+        num_images = len(cu_seqlens) - 1
+        image_len = num_patches // num_images
+        same_length = num_images * image_len == num_patches and bool(
+            (cu_seqlens[1:] - cu_seqlens[:-1] == image_len).all()
+        )
+        if not same_length or is_flash_attention_requested(self.config):
+            return super().forward(
+                hidden_states, cu_seqlens, rotary_pos_emb, position_embeddings=position_embeddings, **kwargs
+            )
+        assert position_embeddings is not None
+        query, key, value = self.qkv(hidden_states).view(num_patches, 3, self.num_heads, -1).unbind(1)
+        query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        query, key, value = (
+            x.view(num_images, image_len, self.num_heads, -1).transpose(1, 2) for x in (query, key, value)
+        )  # (N, heads, P, head width)
+        output, _ = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask=None,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            is_causal=False,
+            **kwargs,
+        )  # (N, P, heads, head width)
+        return self.proj(output.reshape(num_patches, -1))

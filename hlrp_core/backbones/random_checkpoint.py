@@ -1,0 +1,264 @@
+"""Randomly initialised checkpoints of the real transformers classes, in the ordinary Hugging Face layout.
+
+They stand in for `Qwen/Qwen3-VL-2B-Instruct` and its kin wherever no hub can be reached: the same code runs on
+them. `tiny` is for tests and for learning small worlds on a CPU, `small` is for measuring.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from hlrp_core.backbones.model_core import save_processor
+
+SIZES = ("tiny", "small")
+
+# Text on which the small tokenizer is trained: the words of robot instructions become single tokens.
+_VERBS = [
+    "push",
+    "reach",
+    "pick up",
+    "place",
+    "open",
+    "close",
+    "move",
+    "turn",
+    "press",
+    "slide",
+    "lift",
+    "touch",
+]
+_COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "pink", "brown", "black", "white", "grey", "cyan"]
+_THINGS = [
+    "block",
+    "disc",
+    "triangle",
+    "ring",
+    "star",
+    "cross",
+    "square",
+    "circle",
+    "cube",
+    "bowl",
+    "plate",
+    "cup",
+    "drawer",
+    "door",
+    "button",
+    "lever",
+    "handle",
+    "box",
+    "corner",
+    "pad",
+    "table",
+    "left",
+    "right",
+    "top",
+    "bottom",
+    "front",
+    "back",
+    "robot",
+    "arm",
+    "gripper",
+    "object",
+    "task",
+    "image",
+    "action",
+    "state",
+    "instruction",
+]
+
+
+def _instruction_corpus() -> list[str]:
+    corpus = [
+        "You are a robot.",
+        "What should the robot do?",
+        "user system assistant",
+        "0 1 2 3 4 5 6 7 8 9 . , : -",
+    ]
+    corpus += [f"{verb} the {colour} {thing}" for verb in _VERBS for colour in _COLOURS for thing in _THINGS]
+    corpus += [
+        f"push the {a} {t} to the {b} {u}" for a in _COLOURS for b in _COLOURS for t in _THINGS[:8] for u in _THINGS
+    ]
+    return corpus
+
+
+def train_tokenizer_files(folder: Path, *, vocab_size: int) -> None:
+    """Write `vocab.json` and `merges.txt` of a byte-level BPE for short instructions; any text still encodes."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    trainer = BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=ByteLevel.alphabet(), show_progress=False, min_frequency=2
+    )
+    tokenizer.train_from_iterator(_instruction_corpus(), trainer)
+    tokenizer.model.save(str(folder))
+
+
+def _qwen3_vl_processor(image_size: int, patch_size: int) -> ProcessorMixin:
+    from transformers import Qwen2Tokenizer, Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    with tempfile.TemporaryDirectory() as name:
+        train_tokenizer_files(Path(name), vocab_size=640)
+        tokenizer = Qwen2Tokenizer.from_pretrained(name)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+    special += ["<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special[1:], "pad_token": special[0]})
+    tokenizer.eos_token = "<|im_end|>"
+    settings = {
+        "patch_size": patch_size,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "size": {"shortest_edge": image_size**2, "longest_edge": image_size**2},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    return Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**settings),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(**settings),
+        chat_template=_QWEN_CHAT_TEMPLATE,
+    )
+
+
+_QWEN_CHAT_TEMPLATE = (
+    "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\\n' -}}"
+    "{%- if message.content is string -%}{{- message.content -}}{%- else -%}{%- for part in message.content -%}"
+    "{%- if part.type == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}"
+    "{%- else -%}{{- part.text -}}{%- endif -%}{%- endfor -%}{%- endif -%}{{- '<|im_end|>\\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+
+
+def _qwen3_vl_model(processor: ProcessorMixin, size: str, num_embeddings: int) -> PreTrainedModel:
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    shape = {
+        # width, layers, heads, key/value heads, MLP width, vision width, vision layers, vision heads, deepstack
+        "tiny": (128, 3, 4, 2, 384, 64, 2, 2, [0]),
+        "small": (768, 8, 12, 4, 2304, 384, 6, 6, [1, 3]),
+    }[size]
+    width, layers, heads, kv_heads, mlp, v_width, v_layers, v_heads, deepstack = shape
+    head_dim = width // heads
+    image_processor = processor.image_processor  # type: ignore[attr-defined]
+    ids = processor.tokenizer.convert_tokens_to_ids  # type: ignore[attr-defined]
+    third = head_dim // 2 // 3
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": num_embeddings,
+            "hidden_size": width,
+            "intermediate_size": mlp,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_interleaved": True,
+                "mrope_section": [head_dim // 2 - 2 * third, third, third],
+            },
+            "pad_token_id": processor.tokenizer.pad_token_id,  # type: ignore[attr-defined]
+            "eos_token_id": processor.tokenizer.eos_token_id,  # type: ignore[attr-defined]
+        },
+        vision_config={
+            "depth": v_layers,
+            "hidden_size": v_width,
+            "intermediate_size": 4 * v_width,
+            "num_heads": v_heads,
+            "out_hidden_size": width,
+            "patch_size": image_processor.patch_size,
+            "spatial_merge_size": image_processor.merge_size,
+            "temporal_patch_size": image_processor.temporal_patch_size,
+            "num_position_embeddings": 256,
+            "deepstack_visual_indexes": deepstack,
+        },
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    return Qwen3VLForConditionalGeneration(config)
+
+
+_DEFAULT_IMAGE = {"tiny": (96, 12), "small": (224, 16)}  # image side and patch side, in pixels
+_PROCESSORS: dict[str, Callable[[int, int], ProcessorMixin]] = {"qwen3_vl": _qwen3_vl_processor}
+_MODELS: dict[str, Callable[[ProcessorMixin, str, int], PreTrainedModel]] = {"qwen3_vl": _qwen3_vl_model}
+FAMILIES = tuple(_MODELS)
+
+
+def write_random_checkpoint(
+    folder: str | Path,
+    *,
+    family: str = "qwen3_vl",
+    size: str = "tiny",
+    processor: str | Path | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write a randomly initialised checkpoint that `from_pretrained` of the real classes loads.
+
+    Args:
+        folder: where; must not exist yet or be empty.
+        family: one of `FAMILIES`.
+        size: one of `SIZES`.
+        processor: a folder with a real processor of the family, whose vocabulary the model then has; by default a
+            small byte-level tokenizer for robot instructions is made.
+        seed: of the weights; equal seeds give equal files.
+
+    Raises:
+        ValueError: unknown family or size, or a folder that holds files.
+    """
+    folder = Path(folder)
+    for what, value, choices in (("family", family, FAMILIES), ("size", size, SIZES)):
+        if value not in choices:
+            raise ValueError(f"{what}: expected one of {', '.join(choices)}, got {value!r}")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"folder: expected a new or empty one, got {folder} with files in it. Next step: name another or delete it."
+        )
+    if processor is None:
+        made = _PROCESSORS[family](*_DEFAULT_IMAGE[size])
+    else:
+        made = AutoProcessor.from_pretrained(processor)
+    # a multiple of 64 with room for small codebooks, as real checkpoints have it
+    num_embeddings = -(-(len(made.tokenizer) + 32) // 64) * 64  # type: ignore[attr-defined]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _MODELS[family](made, size, num_embeddings)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        model.save_pretrained(scratch)
+        save_processor(made, scratch)
+        scratch.chmod(0o755)
+        if folder.exists():
+            folder.rmdir()
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def describe_checkpoint(folder: str | Path) -> str:
+    """One line: class, parameters and vocabulary of a checkpoint folder."""
+    from safetensors import safe_open
+
+    config = json.loads((Path(folder) / "config.json").read_text())
+    parameters = 0
+    for path in Path(folder).glob("*.safetensors"):
+        with safe_open(path, framework="pt") as tensors:
+            parameters += sum(torch.Size(tensors.get_slice(k).get_shape()).numel() for k in tensors.keys())  # noqa: SIM118
+    rows = config.get("text_config", config).get("vocab_size")
+    return f"{config['architectures'][0]}, {parameters / 1e6:.2f}M parameters, {rows} vocabulary rows, in {folder}"

@@ -1,0 +1,338 @@
+"""The composed backend: core x prompting x code head x action head, behind the contract.
+
+Mode is routed in one place, the table `OBJECTIVES`; nothing below it knows of modes. A training step encodes the prefix
+once, whatever the number of losses. Only frame t is ever handed to the prompt.
+
+Shape legend: B batch, T frames, H W image size, L prompt tokens, N completion tokens, W hidden width,
+S code positions, K codebook size, C chunk length, A action width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from hlrp_core.backbones.model_core import ModelCore
+from hlrp_core.backends.config import BackendConfig
+from hlrp_core.codes.accuracy import CodeCounts, code_accuracy
+from hlrp_core.contract import (
+    ActionBatch,
+    ActionOutput,
+    BackendMode,
+    FoundationBatch,
+    LatentOutput,
+    LossOutput,
+    SamplingOptions,
+    UnsupportedModeError,
+)
+from hlrp_core.heads.action_head import ActionContext, ActionHead, PrefixEncoding
+from hlrp_core.heads.code_head import BackboneEncoding, CodeHead
+from hlrp_core.prompting.strategy import PromptingStrategy, PromptInputs
+
+OBJECTIVES: dict[BackendMode, tuple[str, ...]] = {
+    BackendMode.CODES: ("codes",),
+    BackendMode.ACTIONS: ("actions",),
+    BackendMode.MULTITASK: ("codes", "actions"),
+}
+
+
+class ComposedBackend(nn.Module):
+    """Satisfies `VLABackend`, and `ActionPolicyBackend` where it has an action head.
+
+    Args:
+        config: settings of all parts.
+        core: the backbone, its vocabulary complete.
+        prompting: builds prompts for this core.
+        code_head: learns and predicts codes.
+        action_head: turns codes or the prefix into actions; None for codes alone.
+    """
+
+    def __init__(
+        self,
+        config: BackendConfig,
+        *,
+        core: ModelCore,
+        prompting: PromptingStrategy,
+        code_head: CodeHead,
+        action_head: ActionHead | None = None,
+    ):
+        super().__init__()
+        self.config = config
+        self.core = core
+        self.prompting = prompting
+        self.code_head = code_head
+        self.action_head = action_head
+        self._code_counts = CodeCounts(config.codebook_size, config.code_seq_len)
+        frozen = (
+            core.parameters() if config.freeze_backbone else core.vision_parameters() if config.freeze_vision else []
+        )
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def codebook_size(self) -> int:
+        return self.config.codebook_size
+
+    @property
+    def code_seq_len(self) -> int:
+        return self.config.code_seq_len
+
+    @property
+    def modes(self) -> frozenset[BackendMode]:
+        return frozenset(BackendMode if self.action_head is not None else {BackendMode.CODES})
+
+    def setup(self, *, device: torch.device) -> None:
+        """Move to `device` and check that the prompt's length is the same by tokenizer and by processor."""
+        self.to(device)
+        self.prompting.check_length_sources()
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def loss_from_batch(self, batch: FoundationBatch, *, mode: BackendMode) -> LossOutput:
+        """The weighted sum of the mode's losses; a sample counts only in the losses it has a label for.
+
+        Raises:
+            UnsupportedModeError: the backend lacks the head for this mode.
+            ValueError: the batch lacks the mode's labels, or they do not fit the backend.
+        """
+        objectives = self._objectives(mode)
+        self._check_labels(batch, objectives)
+        codes = self._target_codes(batch) if "codes" in objectives else None
+        encoding, inputs = self._encode_for_training(batch, objectives, codes)
+        losses: dict[str, tuple[Tensor, Tensor, dict[str, float]]] = {}  # name -> per sample, mask, metrics
+        if codes is not None:
+            losses["codes"] = self._codes_loss(batch, codes, encoding)
+        if "actions" in objectives:
+            assert isinstance(batch, ActionBatch)
+            losses["actions"] = self._actions_loss(batch, encoding, inputs)
+        return self._combine(losses)
+
+    def _combine(self, losses: dict[str, tuple[Tensor, Tensor, dict[str, float]]]) -> LossOutput:
+        metrics: dict[str, float] = {}
+        weights = {"codes": self.config.codes_loss_weight, "actions": self.config.actions_loss_weight}
+        total: Tensor | float = 0.0
+        per_sample_total: Tensor | float = 0.0
+        for name, (per_sample, mask, extra) in losses.items():
+            weight = weights[name] if len(losses) > 1 else 1.0
+            # where(), not a product: an unlabelled sample's loss may be anything, and 0 * inf is NaN
+            per_sample = torch.where(mask, per_sample, torch.zeros_like(per_sample))
+            loss = per_sample.sum() / mask.sum().clamp(min=1)
+            total = total + weight * loss
+            per_sample_total = per_sample_total + weight * per_sample
+            metrics[f"{name}_loss"] = loss.item()
+            metrics |= extra
+        assert isinstance(total, Tensor) and isinstance(per_sample_total, Tensor)
+        return LossOutput(loss=total, metrics=metrics, per_sample=per_sample_total)
+
+    def _codes_loss(
+        self, batch: FoundationBatch, codes: Tensor, encoding: BackboneEncoding
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        result = self.code_head.loss(self.core, encoding, codes)
+        mask = batch.codes_mask().to(codes.device)
+        metrics = {}
+        if bool(mask.any()):
+            labelled = codes[mask]
+            self._code_counts.add(labelled)
+            metrics["code_accuracy"] = code_accuracy(result.predicted[mask], labelled)
+            metrics["constant_accuracy"] = self._code_counts.constant_accuracy()
+        return result.per_sample, mask, metrics
+
+    def _actions_loss(
+        self, batch: ActionBatch, encoding: BackboneEncoding, inputs: PromptInputs
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        assert self.action_head is not None and batch.actions is not None
+        mask = batch.actions_mask().to(self.core.device)
+        if self.action_head.needs_codes and self.config.code_source == "teacher":
+            mask = mask & batch.codes_mask().to(mask.device)
+            code_probs = self._one_hot(self._target_codes(batch))
+        elif self.action_head.needs_codes:
+            with self._predicting():
+                code_probs = self._code_probs(self._predict_codes(inputs, SamplingOptions(), encoding))
+        else:
+            code_probs = None
+        context = self._action_context(batch, encoding.prefix, code_probs)
+        actions = batch.actions.to(self.core.device)
+        is_pad = batch.action_is_pad.to(mask.device) if batch.action_is_pad is not None else None
+        # labels of samples without one may be NaN fillers: they must not reach the head
+        actions = torch.where(mask[:, None, None], actions, torch.zeros_like(actions))
+        return self.action_head.per_sample_loss(context, actions, is_pad), mask, {}
+
+    # -- prediction -----------------------------------------------------------------------------------------------
+
+    def latent_from_batch(
+        self, batch: FoundationBatch, *, mode: BackendMode, sampling: SamplingOptions | None = None
+    ) -> LatentOutput:
+        """Codes predicted from frame t and the instruction. Runs without gradient, in eval mode.
+
+        Raises:
+            UnsupportedModeError: the backend cannot do `mode`.
+            ValueError: `mode` is `actions`, which predicts no codes.
+        """
+        if "codes" not in self._objectives(mode):
+            raise ValueError(
+                f"latent_from_batch: expected mode 'codes' or 'multitask', got '{mode}'. "
+                "Next step: call predict_action_chunk for actions."
+            )
+        with self._predicting():
+            return self._predict_codes(self._prompt(batch, for_prediction=True), sampling or SamplingOptions(), None)
+
+    def predict_action_chunk(self, batch: ActionBatch, *, sampling: SamplingOptions | None = None) -> ActionOutput:
+        """A chunk of actions, from frame t, the instruction and the state. Runs without gradient, in eval mode.
+
+        Raises:
+            UnsupportedModeError: the backend has no action head.
+        """
+        self._objectives(BackendMode.ACTIONS)
+        assert self.action_head is not None
+        sampling = sampling or SamplingOptions()
+        with self._predicting():
+            inputs = self._prompt(batch, for_prediction=True)
+            encoding, latent, code_probs = None, None, None
+            if self.action_head.needs_prefix:
+                encoding = self._encode(inputs, use_cache=self.action_head.needs_codes)
+            if self.action_head.needs_codes:
+                latent = self._predict_codes(inputs, sampling, encoding)
+                code_probs = self._code_probs(latent)
+            context = self._action_context(batch, encoding.prefix if encoding else None, code_probs)
+            actions = self.action_head.predict(context, sampling)
+        return ActionOutput(actions=actions.float(), metrics={}, latent=latent)
+
+    @contextmanager
+    def _predicting(self) -> Iterator[None]:
+        """No gradient and eval mode; the modules' own modes come back afterwards."""
+        was_training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module in was_training:
+                module.training = True
+
+    # -- the backbone ---------------------------------------------------------------------------------------------
+
+    def _prompt(self, batch: FoundationBatch, *, for_prediction: bool) -> PromptInputs:
+        views = [batch.frames[:, 0]]  # frame t alone: later frames belong to the teacher
+        if isinstance(batch, ActionBatch):
+            views += [batch.views[name] for name in sorted(batch.views)]
+        side = "left" if for_prediction else self.prompting.config.padding_side
+        return self.prompting.encode(views, batch.instructions, padding_side=side)
+
+    def _encode(self, inputs: PromptInputs, *, use_cache: bool) -> BackboneEncoding:
+        hidden, cache = self.core(inputs.tokens, inputs.images, use_cache=use_cache)
+        return BackboneEncoding(PrefixEncoding(hidden, inputs.tokens.valid_mask), inputs.tokens, cache=cache)
+
+    def _encode_for_training(
+        self, batch: FoundationBatch, objectives: tuple[str, ...], codes: Tensor | None
+    ) -> tuple[BackboneEncoding, PromptInputs]:
+        """One run of the backbone that serves every loss of the step."""
+        decodes = (
+            "actions" in objectives
+            and self.action_head is not None
+            and self.action_head.needs_codes
+            and self.config.code_source == "predicted"
+        )
+        inputs = self._prompt(batch, for_prediction=decodes)
+        completion = self.code_head.completion(codes) if codes is not None else None
+        if completion is None:
+            prefix_learns = codes is not None or (self.action_head is not None and self.action_head.needs_prefix)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and prefix_learns):
+                return self._encode(inputs, use_cache=decodes), inputs
+        return self._encode_with_completion(inputs, completion, use_cache=decodes), inputs
+
+    def _encode_with_completion(self, inputs: PromptInputs, completion: Tensor, *, use_cache: bool) -> BackboneEncoding:
+        """Prompt and completion in one forward; causality makes the prompt's part equal to a run of the prompt alone."""
+        tokens = inputs.tokens.append(completion)
+        self.core.check_length(tokens.ids.shape[1])
+        hidden, cache = self.core(tokens, inputs.images, use_cache=use_cache)  # (B, L + N, W)
+        prompt_len, size = inputs.tokens.ids.shape[1], completion.shape[1]
+        if cache is not None:
+            cache.crop(prompt_len)
+            detach_cache(cache)
+        if tokens.is_padded and tokens.padding_side == "right":
+            lengths = inputs.tokens.valid_mask.sum(1)  # (B,)
+            steps = lengths[:, None] - 1 + torch.arange(size, device=lengths.device)  # (B, N)
+            completion_hidden = hidden.gather(1, steps[:, :, None].expand(-1, -1, hidden.shape[2]))
+        else:
+            completion_hidden = hidden[:, prompt_len - 1 : -1]
+        prefix = PrefixEncoding(hidden[:, :prompt_len], inputs.tokens.valid_mask)
+        return BackboneEncoding(prefix, inputs.tokens, completion_hidden, cache)
+
+    def _predict_codes(
+        self, inputs: PromptInputs, sampling: SamplingOptions, encoding: BackboneEncoding | None
+    ) -> LatentOutput:
+        return self.code_head.predict(self.core, inputs, sampling, encoding=encoding)
+
+    def _code_probs(self, latent: LatentOutput) -> Tensor:
+        """`[B, S, K]`: what a code-conditioned action head sees."""
+        assert self.action_head is not None
+        if self.action_head.config.code_conditioning == "soft":
+            assert latent.logits is not None
+            return torch.softmax(latent.logits, dim=-1)
+        assert latent.tokens is not None
+        return self._one_hot(latent.tokens)
+
+    def _one_hot(self, codes: Tensor) -> Tensor:
+        return F.one_hot(codes, self.codebook_size).float()
+
+    def _action_context(
+        self, batch: ActionBatch, prefix: PrefixEncoding | None, code_probs: Tensor | None
+    ) -> ActionContext:
+        assert self.action_head is not None
+        state = batch.state.to(self.core.device) if batch.state is not None else None
+        return ActionContext(
+            state=state, code_probs=code_probs, prefix=prefix if self.action_head.needs_prefix else None
+        )
+
+    # -- labels ---------------------------------------------------------------------------------------------------
+
+    def _objectives(self, mode: BackendMode) -> tuple[str, ...]:
+        if mode not in self.modes:
+            raise UnsupportedModeError(self.name, mode, self.modes)
+        return OBJECTIVES[BackendMode(mode)]
+
+    def _check_labels(self, batch: FoundationBatch, objectives: tuple[str, ...]) -> None:
+        if "codes" in objectives and batch.target_codes is None:
+            raise ValueError(
+                "loss_from_batch: expected target_codes [B, S] to learn codes from, got None. "
+                "Next step: label the data with a LAQ or a code table."
+            )
+        if "actions" in objectives and (not isinstance(batch, ActionBatch) or batch.actions is None):
+            raise ValueError(
+                f"loss_from_batch: expected an ActionBatch with actions [B, C, A], got {type(batch).__name__} "
+                "without actions. Next step: use mode=codes, or data with actions."
+            )
+
+    def _target_codes(self, batch: FoundationBatch) -> Tensor:
+        """Codes `[B, S]` on the core's device; those that may not supervise become 0."""
+        if batch.target_codes is None:
+            raise ValueError("expected target_codes [B, S], got None. Next step: label the data.")
+        codes, mask = batch.target_codes.to(self.core.device), batch.codes_mask().to(self.core.device)
+        if codes.shape[1] != self.code_seq_len:
+            raise ValueError(
+                f"target_codes: expected [B, {self.code_seq_len}] (code_seq_len of the backend), got {tuple(codes.shape)}. "
+                "Next step: label with a LAQ of this code length, or build the backend with the table's."
+            )
+        codes = torch.where(mask[:, None], codes, torch.zeros_like(codes))
+        low, high = codes.aminmax()
+        if int(low) < 0 or int(high) >= self.codebook_size:
+            raise ValueError(
+                f"target_codes: expected codes in [0, {self.codebook_size}), got {int(low)} to {int(high)}. "
+                "Next step: build the backend with the codebook size of the LAQ that made them."
+            )
+        return codes
+
+
+def detach_cache(cache: DynamicCache) -> None:
+    """Cut a cache off the graph: codes decoded from it are inputs, not something to learn through."""
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()

@@ -1,0 +1,70 @@
+"""One config for a composed backend: which parts, and their settings. Travels with the checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hlrp_core.codes.token_scheme import TokenSchemeConfig
+from hlrp_core.heads.action_head import ActionHeadConfig
+from hlrp_core.prompting.prompt import PromptConfig
+
+CodeSource = Literal["predicted", "teacher"]
+
+
+@dataclass
+class BackendConfig:
+    """Args:
+    name: the registry's name of the composition.
+    codebook_size: K.
+    code_seq_len: S.
+    image_size: pixels along a square image's side, as the backbone sees it; None keeps the processor's settings.
+    prompt: what stands around image and instruction.
+    token_scheme: how codes are written (token backends).
+    decoding: `constrained`, `generate` or `free` (token backends).
+    action_head: None for a backend that predicts codes alone.
+    code_source: codes that a code-conditioned action head trains on: those it will see (`predicted`), or the
+        labels (`teacher`).
+    codes_loss_weight, actions_loss_weight: of the two losses in multitask mode.
+    freeze_vision, freeze_backbone: parts that no mode trains. `freeze_backbone` covers the vision tower.
+    """
+
+    name: str = "qwen_chat"
+    codebook_size: int = 8
+    code_seq_len: int = 4
+    image_size: int | None = None
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    token_scheme: TokenSchemeConfig = field(default_factory=TokenSchemeConfig)
+    decoding: str = "constrained"
+    action_head: ActionHeadConfig | None = None
+    code_source: CodeSource = "predicted"
+    codes_loss_weight: float = 1.0
+    actions_loss_weight: float = 1.0
+    freeze_vision: bool = False
+    freeze_backbone: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("codebook_size", 2), ("code_seq_len", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected {least} or more, got {getattr(self, name)}")
+        for name in ("codes_loss_weight", "actions_loss_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.code_source not in ("predicted", "teacher"):
+            raise ValueError(f"code_source: expected 'predicted' or 'teacher', got {self.code_source!r}")
+        self._check_action_head()
+
+    def _check_action_head(self) -> None:
+        head = self.action_head
+        if head is None or head.code_conditioning == "none":
+            return
+        if self.decoding == "free":
+            raise ValueError(
+                f"decoding: expected 'constrained' or 'generate' with an action head that is conditioned on codes "
+                f"('{head.kind}'), got 'free', whose codes may fail to parse. Next step: decoding=constrained."
+            )
+        if head.code_conditioning == "soft" and self.decoding != "constrained":
+            raise ValueError(
+                f"code_conditioning=soft: expected decoding='constrained', which gives logits, got {self.decoding!r}. "
+                "Next step: decoding=constrained, or code_conditioning=tokens."
+            )

@@ -1,0 +1,279 @@
+"""One folder that travels: everything a backend needs for inference.
+
+    hlrp.json            schema version, settings of all parts, code ids, versions, a hash of every part
+    backbone/            config.json of the backbone, tokenizer with the code tokens, chat template, image settings
+    model.safetensors    all weights
+
+Only `*.json` and `*.safetensors`, so that an upload that filters by these endings loses nothing. Loading is strict, opens
+no path outside the folder, and needs no network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hlrp_core.backends.composed import ComposedBackend
+from hlrp_core.backends.config import BackendConfig
+from hlrp_core.backbones.loading import build_core
+from hlrp_core.codes.token_scheme import TokenSchemeConfig
+from hlrp_core.heads.action_head import ActionHeadConfig
+from hlrp_core.prompting.prompt import PromptConfig
+from hlrp_core.registry import get_recipe
+
+SCHEMA_VERSION = 1
+MANIFEST = "hlrp.json"
+BACKBONE = "backbone"
+WEIGHTS = "model.safetensors"
+
+logger = logging.getLogger(__name__)
+
+
+class BundleError(ValueError):
+    """A saved folder is incomplete, altered, or made by another schema."""
+
+
+# -- settings as JSON -------------------------------------------------------------------------------------------------
+
+
+def config_from_dict(data: dict[str, Any]) -> BackendConfig:
+    """Inverse of `dataclasses.asdict` for a `BackendConfig`."""
+    data = dict(data)
+    nested = {"prompt": PromptConfig, "token_scheme": TokenSchemeConfig, "action_head": ActionHeadConfig}
+    try:
+        for name, kind in nested.items():
+            if data.get(name) is not None:
+                data[name] = kind(**data[name])
+        return BackendConfig(**data)
+    except TypeError as error:
+        raise BundleError(
+            f"{MANIFEST}: expected the backend settings of schema {SCHEMA_VERSION}, got others ({error}). "
+            "Next step: load it with the version that saved it."
+        ) from error
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------
+
+
+def save_parts(backend: ComposedBackend, folder: str | Path, *, extra: dict[str, Any] | None = None) -> None:
+    """Write everything but the weights into an existing folder.
+
+    Args:
+        extra: further JSON for the manifest, such as the id and hash of the LAQ that made the labels.
+    """
+    folder = Path(folder)
+    (folder / BACKBONE).mkdir(exist_ok=True)
+    backend.core.save_architecture(folder / BACKBONE)
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "backend": asdict(backend.config),
+        "dtype": str(backend.core.model.dtype).removeprefix("torch."),
+        "vocabulary_rows": backend.core.lm_head.weight.shape[0],
+        "code_ids": code_token_ids(backend),
+        "extra": extra or {},
+        "versions": {name: version(name) for name in ("lerobot_policy_hlrp", "torch", "transformers")},
+        "parts": {path.name: _sha256(path) for path in sorted((folder / BACKBONE).iterdir())},
+    }
+    write_json(folder / MANIFEST, manifest)
+
+
+def save_pretrained(backend: ComposedBackend, folder: str | Path, *, extra: dict[str, Any] | None = None) -> Path:
+    """Save a backend as one folder; it appears under its name only when complete.
+
+    Raises:
+        ValueError: the folder exists and holds files.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"folder: expected a new or empty one, got {folder}. Next step: name another or delete it.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        scratch.chmod(0o755)
+        save_parts(backend, scratch, extra=extra)
+        save_file(unique_tensors(backend), scratch / WEIGHTS, metadata={"format": "pt"})
+        if folder.exists():
+            folder.rmdir()
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def unique_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict without the second names of shared tensors (tied embeddings); contiguous, on the CPU."""
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write under a temporary name, then rename."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    scratch.replace(path)
+
+
+def code_token_ids(backend: ComposedBackend) -> dict[str, int]:
+    """The ids that the scheme's tokens have in the backend's tokenizer; empty for heads without tokens."""
+    config, vocabulary = backend.config, backend.core.tokenizer.get_vocab()
+    names = config.token_scheme.token_names(config.codebook_size)
+    return {name: vocabulary[name] for name in names if name in vocabulary}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a saved folder, after checking that all its parts are there and unaltered.
+
+    Raises:
+        BundleError: names the part that is missing or altered, or the schema that is not known.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BundleError(
+            f"expected {MANIFEST} in {folder}, got none. Next step: check the path; it must be a saved backend."
+        )
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    got = manifest.get("schema_version")
+    if got != SCHEMA_VERSION:
+        raise BundleError(
+            f"{MANIFEST}: expected schema version {SCHEMA_VERSION}, got {got!r} in {folder}. "
+            "Next step: load it with the version of this package that saved it."
+        )
+    for name, digest in manifest["parts"].items():
+        part = folder / BACKBONE / name
+        if not part.is_file():
+            raise BundleError(
+                f"expected {BACKBONE}/{name} in {folder}, got none. Next step: copy or download the folder anew."
+            )
+        if _sha256(part) != digest:
+            raise BundleError(
+                f"{BACKBONE}/{name}: expected the file as it was saved, got an altered one in {folder}. "
+                "Next step: copy or download the folder anew."
+            )
+    return manifest
+
+
+def build_saved_backend(folder: str | Path, *, config: BackendConfig | None = None) -> ComposedBackend:
+    """The saved backend's structure from its folder alone; its weights are still to be loaded.
+
+    Args:
+        config: other settings than the saved ones, such as another decoding or a new action head. The parts that the
+            weights fix (codes, tokens) must be the saved ones.
+
+    Raises:
+        BundleError: a part is missing or altered, or the tokenizer's code ids are not those of the weights.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    saved = config_from_dict(manifest["backend"])
+    config = config or saved
+    for name in ("codebook_size", "code_seq_len", "token_scheme"):
+        if getattr(config, name) != getattr(saved, name):
+            raise ValueError(
+                f"{name}: expected {getattr(saved, name)} as in the checkpoint {folder}, got {getattr(config, name)}. "
+                "Next step: leave the setting out, or train a new model for other codes."
+            )
+    core = build_core(
+        folder / BACKBONE, family=get_recipe(config.name).family, image_size=config.image_size, dtype=manifest["dtype"]
+    )
+    rows = core.lm_head.weight.shape[0]
+    if rows != manifest["vocabulary_rows"]:
+        raise BundleError(
+            f"{BACKBONE}/config.json: expected {manifest['vocabulary_rows']} vocabulary rows, got {rows}. "
+            "Next step: copy or download the folder anew."
+        )
+    backend = get_recipe(config.name).compose(config, core, False)
+    if code_token_ids(backend) != manifest["code_ids"]:
+        raise BundleError(
+            f"tokenizer: expected the code ids of the weights ({_brief(manifest['code_ids'])}), got "
+            f"{_brief(code_token_ids(backend))} in {folder}. Next step: copy or download the folder anew."
+        )
+    return backend
+
+
+def _brief(ids: dict[str, int]) -> str:
+    return ", ".join(f"{name}={i}" for name, i in list(ids.items())[:3]) + (", ..." if len(ids) > 3 else "")
+
+
+def load_tensors(module: nn.Module, path: str | Path, *, new_parts: tuple[str, ...] = ()) -> list[str]:
+    """Load a safetensors file strictly.
+
+    Args:
+        new_parts: prefixes of tensors that the saved model did not have and this one adds.
+
+    Returns:
+        Names of the tensors that keep their fresh initialisation, all under `new_parts`.
+
+    Raises:
+        BundleError: a tensor is missing, has another shape, or belongs to nothing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BundleError(
+            f"expected {path.name} in {path.parent}, got none. Next step: copy or download the folder anew."
+        )
+    own = module.state_dict(keep_vars=True)
+    aliases: dict[int, list[str]] = {}
+    for name, tensor in own.items():
+        aliases.setdefault(id(tensor), []).append(name)
+    try:
+        file = safe_open(path, framework="pt")
+    except Exception as error:  # safetensors raises its own type for a truncated file
+        raise BundleError(f"{path}: expected a safetensors file, got an unreadable one ({error}).") from error
+    with file as saved, torch.no_grad():
+        names = set(saved.keys())
+        unknown = sorted(names - own.keys())
+        fresh = [group[0] for group in aliases.values() if not names.intersection(group)]
+        missing = [name for name in fresh if not name.startswith(new_parts)] if new_parts else fresh
+        if unknown or missing:
+            raise BundleError(
+                f"{path}: expected exactly the tensors that its settings imply, got {len(missing)} missing "
+                f"({', '.join(missing[:3]) or 'none'}) and {len(unknown)} unknown ({', '.join(unknown[:3]) or 'none'}). "
+                "Next step: copy or download the folder anew."
+            )
+        for name in sorted(names):
+            tensor = saved.get_tensor(name)
+            if tensor.shape != own[name].shape:
+                raise BundleError(
+                    f"{path}: expected {name} of shape {tuple(own[name].shape)}, got {tuple(tensor.shape)}. "
+                    "Next step: copy or download the folder anew."
+                )
+            own[name].copy_(tensor)
+    if fresh:
+        logger.info("Initialised afresh, as the checkpoint has no such part: %s", ", ".join(fresh))
+    return fresh
+
+
+def load_backend(folder: str | Path) -> ComposedBackend:
+    """Load what `save_pretrained` wrote; predictions are bit-identical.
+
+    Raises:
+        BundleError: a part is missing or altered, or the schema is not known.
+    """
+    backend = build_saved_backend(folder)
+    load_tensors(backend, Path(folder) / WEIGHTS)
+    return backend.eval()

@@ -1,0 +1,259 @@
+"""The backend contract: what every backend takes, returns and promises.
+
+Shape legend: B batch, T frames in time, H W height and width, S code positions, K codebook size,
+C length of an action chunk, A action width, D state or vector width.
+
+A training loop sees one call (`loss_from_batch`), an inference loop sees one call (`latent_from_batch` or
+`predict_action_chunk`); prompts, processors, vocabularies and heads stay behind them. *Mask* names say what
+True means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+class BackendMode(StrEnum):
+    """Which labels supervise a step, or which prediction is asked for."""
+
+    CODES = "codes"
+    ACTIONS = "actions"
+    MULTITASK = "multitask"
+
+
+class UnsupportedModeError(ValueError):
+    """A backend was asked for a mode that it does not have."""
+
+    def __init__(self, backend: str, mode: BackendMode | str, modes: frozenset[BackendMode]):
+        have = ", ".join(sorted(m.value for m in modes)) or "none"
+        super().__init__(
+            f"backend '{backend}' cannot do mode '{BackendMode(mode).value}'; it has: {have}. "
+            "Next step: choose one of these modes, or build the backend with the head that the mode needs "
+            "(a code head for 'codes', an action head for 'actions', both for 'multitask')."
+        )
+
+
+def _expect(condition: bool, what: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{what}: expected {expected}, got {got}")
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} ({value!r})"
+
+
+def _expect_tensor(value: object, what: str, expected: str, dtypes: tuple[torch.dtype, ...], shape: tuple) -> None:
+    """Check dtype and shape; None in `shape` leaves an axis free."""
+    ok = isinstance(value, Tensor) and value.dtype in dtypes and value.ndim == len(shape)
+    ok = ok and all(want is None or want == have for want, have in zip(shape, value.shape, strict=True))  # type: ignore[union-attr]
+    _expect(ok, what, expected, _describe(value))
+
+
+def _expect_float(value: object, what: str, expected: str, shape: tuple) -> None:
+    _expect_tensor(value, what, expected, (torch.float32, torch.float64, torch.bfloat16, torch.float16), shape)
+
+
+@dataclass(frozen=True)
+class FoundationBatch:
+    """Frames, instructions and, where there are any, the codes that label them.
+
+    Only frame t (`frames[:, 0]`) ever reaches the student; later frames are for a teacher.
+
+    Args:
+        frames: `[B, T, H, W, 3]` uint8, T >= 1, on any device.
+        instructions: B strings; an empty one is a prompt like any other.
+        target_codes: `[B, S]` long, the labels.
+        codes_valid: `[B]` bool, False where `target_codes` must not supervise. None: all are valid.
+        meta: anything for debugging; never read by a backend.
+
+    Raises:
+        ValueError: a field has another shape, dtype or length than stated; expected and got are named.
+    """
+
+    frames: Tensor
+    instructions: Sequence[str]
+    target_codes: Tensor | None = None
+    codes_valid: Tensor | None = None
+    meta: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        _expect_tensor(self.frames, "frames", "uint8 tensor [B, T, H, W, 3]", (torch.uint8,), (None,) * 4 + (3,))
+        _expect(min(self.frames.shape) >= 1, "frames", "no empty axis", _describe(self.frames))
+        size = self.frames.shape[0]
+        _expect(
+            not isinstance(self.instructions, str) and len(self.instructions) == size,
+            "instructions",
+            f"a list of {size} strings, one for each sample",
+            repr(self.instructions) if isinstance(self.instructions, str) else f"{len(self.instructions)} of them",
+        )
+        for text in self.instructions:
+            _expect(isinstance(text, str), "instructions", "strings", _describe(text))
+        if self.target_codes is not None:
+            _expect_tensor(self.target_codes, "target_codes", f"long tensor [{size}, S]", (torch.long,), (size, None))
+        if self.codes_valid is not None:
+            _expect(self.target_codes is not None, "codes_valid", "target_codes beside it", "target_codes=None")
+            _expect_tensor(self.codes_valid, "codes_valid", f"bool tensor [{size}]", (torch.bool,), (size,))
+
+    @property
+    def batch_size(self) -> int:
+        return self.frames.shape[0]
+
+    def codes_mask(self) -> Tensor:
+        """`[B]` bool on the frames' device: True where a sample has codes that may supervise."""
+        if self.target_codes is None:
+            return torch.zeros(self.batch_size, dtype=torch.bool, device=self.frames.device)
+        if self.codes_valid is None:
+            return torch.ones(self.batch_size, dtype=torch.bool, device=self.frames.device)
+        return self.codes_valid.to(self.frames.device)
+
+
+@dataclass(frozen=True)
+class ActionBatch(FoundationBatch):
+    """A `FoundationBatch` with what a robot adds: state, action chunks, further camera views at time t.
+
+    Args:
+        state: `[B, D]` float.
+        actions: `[B, C, A]` float, normalised.
+        action_is_pad: `[B, C]` bool, True where the chunk runs past the end of its episode.
+        action_valid: `[B]` bool, False where a sample has no action label. None: all have one.
+        views: further cameras at time t, by name, each `[B, H, W, 3]` uint8.
+    """
+
+    state: Tensor | None = None
+    actions: Tensor | None = None
+    action_is_pad: Tensor | None = None
+    action_valid: Tensor | None = None
+    views: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = self.batch_size
+        if self.state is not None:
+            _expect_float(self.state, "state", f"float tensor [{size}, D]", (size, None))
+        if self.actions is not None:
+            _expect_float(self.actions, "actions", f"float tensor [{size}, C, A]", (size, None, None))
+        if self.action_is_pad is not None:
+            _expect(self.actions is not None, "action_is_pad", "actions beside it", "actions=None")
+            chunk = self.actions.shape[1]  # type: ignore[union-attr]
+            expected = f"bool tensor [{size}, {chunk}]"
+            _expect_tensor(self.action_is_pad, "action_is_pad", expected, (torch.bool,), (size, chunk))
+        if self.action_valid is not None:
+            _expect_tensor(self.action_valid, "action_valid", f"bool tensor [{size}]", (torch.bool,), (size,))
+        for name, view in self.views.items():
+            expected = f"uint8 tensor [{size}, H, W, 3]"
+            _expect_tensor(view, f"view '{name}'", expected, (torch.uint8,), (size, None, None, 3))
+
+    def actions_mask(self) -> Tensor:
+        """`[B]` bool on the frames' device: True where a sample has an action label."""
+        if self.actions is None:
+            return torch.zeros(self.batch_size, dtype=torch.bool, device=self.frames.device)
+        if self.action_valid is None:
+            return torch.ones(self.batch_size, dtype=torch.bool, device=self.frames.device)
+        return self.action_valid.to(self.frames.device)
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a prediction is drawn. The defaults are greedy codes and fresh flow noise.
+
+    Args:
+        generator: source of every random number of the call; None uses torch's global one.
+        temperature: 0 is greedy; above 0 samples the codes.
+        noise: `[B, C, A]` starting noise of a flow head, instead of drawing it.
+        inference_delay: real-time chunking: how many actions of the old chunk run while this one is computed.
+        prev_chunk_left_over: real-time chunking: `[B, C', A]`, the old chunk's actions not yet run.
+        execution_horizon: real-time chunking: actions run from each chunk.
+    """
+
+    generator: torch.Generator | None = None
+    temperature: float = 0.0
+    noise: Tensor | None = None
+    inference_delay: int | None = None
+    prev_chunk_left_over: Tensor | None = None
+    execution_horizon: int | None = None
+
+    def __post_init__(self) -> None:
+        _expect(self.temperature >= 0, "temperature", "0 (greedy) or more", self.temperature)
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """Args:
+    loss: scalar with a gradient.
+    metrics: plain Python floats, for logging.
+    per_sample: `[B]`, each sample's own loss; 0 where a sample had no label of the mode.
+    """
+
+    loss: Tensor
+    metrics: dict[str, float]
+    per_sample: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LatentOutput:
+    """Args:
+    logits: `[B, S, K]`.
+    tokens: `[B, S]` long: codes; -1 where free decoding did not parse.
+    vector: `[B, S, D]` float, for continuous latents.
+    meta: small things for debugging, such as the text that did not parse.
+    """
+
+    logits: Tensor | None = None
+    tokens: Tensor | None = None
+    vector: Tensor | None = None
+    meta: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class ActionOutput:
+    """Args:
+    actions: `[B, C, A]` float32, in the normalised space of the training actions.
+    metrics: plain Python floats.
+    latent: the codes that the actions were conditioned on, where the head uses codes.
+    """
+
+    actions: Tensor
+    metrics: dict[str, float]
+    latent: LatentOutput | None = None
+
+
+@runtime_checkable
+class VLABackend(Protocol):
+    """Predicts latent actions from frame t and an instruction."""
+
+    name: str
+    codebook_size: int
+    code_seq_len: int
+    modes: frozenset[BackendMode]
+
+    def setup(self, *, device: torch.device) -> None:
+        """Move everything to `device` and check that the parts fit each other. May be called again."""
+        ...
+
+    def loss_from_batch(self, batch: FoundationBatch, *, mode: BackendMode) -> LossOutput: ...
+
+    def latent_from_batch(
+        self, batch: FoundationBatch, *, mode: BackendMode, sampling: SamplingOptions | None = None
+    ) -> LatentOutput: ...
+
+
+@runtime_checkable
+class ActionPolicyBackend(Protocol):
+    """Predicts chunks of continuous actions."""
+
+    name: str
+    modes: frozenset[BackendMode]
+
+    def setup(self, *, device: torch.device) -> None: ...
+
+    def loss_from_batch(self, batch: ActionBatch, *, mode: BackendMode) -> LossOutput: ...
+
+    def predict_action_chunk(self, batch: ActionBatch, *, sampling: SamplingOptions | None = None) -> ActionOutput: ...

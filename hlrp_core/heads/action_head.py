@@ -1,0 +1,302 @@
+"""What every action head is: the boundary between a backbone (or codes) and continuous actions.
+
+Shape legend: B batch, L prefix tokens, W prefix width, S code positions, K codebook size, D state width,
+C chunk length, A action width.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from hlrp_core.contract import SamplingOptions
+from hlrp_core.heads.flow_matching import Guidance, TimeSampling
+
+CodeConditioning = Literal["none", "tokens", "soft"]
+
+
+@dataclass
+class ActionHeadConfig:
+    """Settings of an action head; sizes of the data come from the dataset.
+
+    The attention and flow settings are read by the flow heads alone.
+
+    Args:
+        kind: `mlp`, `flow` or `prefix_flow`.
+        chunk_size: C, actions predicted at once.
+        action_dim: A.
+        state_dim: D; 0 where the robot reports no state.
+        hidden_dim: width of the head.
+        num_layers: layers of the head.
+        num_heads: attention heads.
+        num_kv_heads: key and value heads, shared by groups of attention heads. None: `num_heads`.
+        head_dim: width of one attention head. None: `hidden_dim / num_heads`.
+        mlp_dim: inner width of a layer's gated MLP. None: 8/3 of `hidden_dim`, rounded up to a multiple of 64.
+        time_dim: width of the flow-time embedding that modulates every layer.
+        num_flow_steps: Euler steps from noise to an action chunk.
+        num_noise_draws: (noise, time) pairs per sample and training step. They share one encoding of the
+            prefix, so a second draw costs the expert's pass and not the backbone's.
+        time_sampling: distribution of the training times: `beta` (Beta(1.5, 1), more weight near the noise,
+            as in pi0 and SmolVLA) or `uniform`.
+        code_conditioning: how codes reach the head: `tokens` (the predicted code of each position), `soft` (its
+            distribution), `none` (only `prefix_flow` may do without).
+        dropout: in the head's layers.
+
+    Raises:
+        ValueError: a setting is out of range, or two do not fit each other.
+    """
+
+    kind: str = "prefix_flow"
+    chunk_size: int = 8
+    action_dim: int = 2
+    state_dim: int = 0
+    hidden_dim: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp_dim: int | None = None
+    time_dim: int = 128
+    num_flow_steps: int = 10
+    num_noise_draws: int = 1
+    time_sampling: TimeSampling = "beta"
+    code_conditioning: CodeConditioning = "none"
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in _COUNTS:
+            _check(getattr(self, name) >= 1, f"action head {name}", "1 or more", getattr(self, name), "Raise it.")
+        for name in ("num_kv_heads", "head_dim", "mlp_dim"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"action head {name}", "1 or more, or None", value, "Raise it.")
+        _check(self.state_dim >= 0, "action head state_dim", "0 (no state) or more", self.state_dim, "Raise it.")
+        _check(0 <= self.dropout < 1, "action head dropout", "0 <= dropout < 1", self.dropout, "Lower it.")
+        _check_choice("code_conditioning", self.code_conditioning, get_args(CodeConditioning))
+        _check_choice("time_sampling", self.time_sampling, get_args(TimeSampling))
+        _check(self.time_dim % 2 == 0, "action head time_dim", "an even number", self.time_dim, "Add 1 to it.")
+        _check(
+            self.head_dim is not None or self.hidden_dim % self.num_heads == 0,
+            "action head hidden_dim",
+            f"a multiple of num_heads={self.num_heads}",
+            self.hidden_dim,
+            "Change one of them, or set head_dim.",
+        )
+        _check(
+            self.num_heads % self.resolved_num_kv_heads == 0,
+            "action head num_kv_heads",
+            f"a divisor of num_heads={self.num_heads}",
+            self.num_kv_heads,
+            "Change one of them.",
+        )
+
+    @property
+    def resolved_num_kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def resolved_head_dim(self) -> int:
+        return self.head_dim or self.hidden_dim // self.num_heads
+
+    @property
+    def resolved_mlp_dim(self) -> int:
+        return self.mlp_dim or -(-8 * self.hidden_dim // (3 * 64)) * 64
+
+
+_COUNTS = (
+    "chunk_size",
+    "action_dim",
+    "hidden_dim",
+    "num_layers",
+    "num_heads",
+    "time_dim",
+    "num_flow_steps",
+    "num_noise_draws",
+)
+
+
+@dataclass(frozen=True)
+class PrefixEncoding:
+    """A backbone's view of frame t and the instruction.
+
+    Args:
+        hidden: `[B, L, W]`.
+        valid_mask: `[B, L]` bool, False on padding.
+    """
+
+    hidden: Tensor
+    valid_mask: Tensor
+
+
+@dataclass(frozen=True)
+class ActionContext:
+    """Everything an action head may look at; a head takes what it was built for.
+
+    Args:
+        state: `[B, D]` float, normalised.
+        code_probs: `[B, S, K]` float: one-hot codes (`tokens`) or their distribution (`soft`).
+        prefix: the backbone's hidden states.
+    """
+
+    state: Tensor | None = None
+    code_probs: Tensor | None = None
+    prefix: PrefixEncoding | None = None
+
+
+@dataclass(frozen=True)
+class ContextSizes:
+    """Sizes of an `ActionContext` that the backbone and the codes decide.
+
+    Args:
+        prefix_dim: W; None where the composition has no prefix for the head.
+        codebook_size: K.
+        code_seq_len: S.
+    """
+
+    prefix_dim: int | None
+    codebook_size: int
+    code_seq_len: int
+
+
+class ActionHead(nn.Module, abc.ABC):
+    """Turns an `ActionContext` into chunks of actions `[B, C, A]`, in the normalised space of the labels.
+
+    Args:
+        config: the head's settings.
+        sizes: of what the head looks at.
+
+    Raises:
+        ValueError: the head needs codes or a prefix and was given none.
+    """
+
+    needs_prefix: ClassVar[bool]
+    supports_guidance: ClassVar[bool]
+    """Whether `predict` can be steered towards the chunk before it (real-time chunking)."""
+
+    def __init__(self, config: ActionHeadConfig, sizes: ContextSizes):
+        super().__init__()
+        _check(
+            self.needs_prefix or config.code_conditioning != "none",
+            f"code_conditioning of action head '{config.kind}'",
+            "'tokens' or 'soft'",
+            "'none'",
+            "Set code_conditioning, or choose the head 'prefix_flow', which can do without codes.",
+        )
+        _check(
+            not self.needs_prefix or sizes.prefix_dim is not None,
+            f"prefix_dim of action head '{config.kind}'",
+            "the width of the backbone's hidden states",
+            None,
+            "Pass prefix_dim.",
+        )
+        self.config = config
+        self.sizes = sizes
+
+    @property
+    def needs_codes(self) -> bool:
+        return self.config.code_conditioning != "none"
+
+    @property
+    def needs_state(self) -> bool:
+        return self.config.state_dim > 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the head's parameters."""
+        return next(self.parameters()).dtype
+
+    @abc.abstractmethod
+    def per_sample_loss(self, context: ActionContext, actions: Tensor, is_pad: Tensor | None) -> Tensor:
+        """`[B]` float32: each sample's loss, averaged over the steps that `is_pad` `[B, C]` does not exclude.
+
+        A sample with every step excluded has loss 0.
+        """
+
+    @abc.abstractmethod
+    def predict(self, context: ActionContext, sampling: SamplingOptions, *, guidance: Guidance | None = None) -> Tensor:
+        """`[B, C, A]` float32. The caller holds `no_grad` and eval mode.
+
+        Args:
+            context: what the head looks at.
+            sampling: source of noise, and the real-time-chunking arguments. A head without noise ignores that.
+            guidance: corrects each flow step towards `sampling.prev_chunk_left_over`; without that it is
+                not called.
+        """
+
+    def check_context(self, context: ActionContext) -> int:
+        """Checks that the context holds what the head was built for, and returns its batch size B.
+
+        Raises:
+            ValueError: something is missing or has another shape than the head was built for.
+        """
+        kind = self.config.kind
+        present: list[tuple[str, Tensor, tuple[int | None, ...]]] = []
+        if self.needs_prefix:
+            prefix = context.prefix
+            if prefix is None:
+                raise _missing(kind, "prefix", f"hidden states [B, L, {self.sizes.prefix_dim}]")
+            present.append(("prefix.hidden", prefix.hidden, (None, None, self.sizes.prefix_dim)))
+            present.append(("prefix.valid_mask", prefix.valid_mask, (None, prefix.hidden.shape[1])))
+        if self.needs_codes:
+            if context.code_probs is None:
+                raise _missing(kind, "code_probs", f"[B, {self.sizes.code_seq_len}, {self.sizes.codebook_size}]")
+            present.append(
+                ("code_probs", context.code_probs, (None, self.sizes.code_seq_len, self.sizes.codebook_size))
+            )
+        if self.needs_state:
+            if context.state is None:
+                raise _missing(kind, "state", f"[B, {self.config.state_dim}]")
+            present.append(("state", context.state, (None, self.config.state_dim)))
+        batch_size = present[0][1].shape[0]
+        for name, tensor, (_, *rest) in present:
+            check_shape(f"{name} of action head '{kind}'", tensor, (batch_size, *rest))
+        return batch_size
+
+    def check_actions(self, actions: Tensor, is_pad: Tensor | None, batch_size: int) -> None:
+        """Checks labels against the context's batch size and the head's own chunk.
+
+        Raises:
+            ValueError: another shape than `[B, C, A]` (`[B, C]` for `is_pad`).
+        """
+        chunk, width = self.config.chunk_size, self.config.action_dim
+        check_shape("actions", actions, (batch_size, chunk, width))
+        if is_pad is not None:
+            check_shape("action_is_pad", is_pad, (batch_size, chunk))
+            _check(is_pad.dtype == torch.bool, "action_is_pad", "bool", is_pad.dtype, "True marks padding.")
+
+
+def mean_over_steps(error: Tensor, is_pad: Tensor | None) -> Tensor:
+    """Mean of `error` `[B, C, A]` over A and the steps that are not padding: `[B]`; 0 where all of them are."""
+    error = error.mean(dim=-1)  # (B, C)
+    if is_pad is None:
+        return error.mean(dim=-1)
+    # A padded label may hold anything, NaN too, so it is replaced and not multiplied by 0.
+    return error.masked_fill(is_pad, 0.0).sum(dim=-1) / (~is_pad).sum(dim=-1).clamp(min=1)
+
+
+def _check(condition: bool, what: str, expected: str, got: object, next_step: str) -> None:
+    if not condition:
+        raise ValueError(f"{what}: expected {expected}, got {got}. Next step: {next_step}")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _check(value in choices, f"action head {name}", f"one of {choices}", repr(value), "Choose one of these.")
+
+
+def check_shape(what: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
+    fits = tensor.ndim == len(shape) and all(
+        want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
+    )
+    expected = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+    next_step = "Build the head with the sizes of the data, or pass data of these sizes."
+    _check(fits, what, f"shape {expected}", list(tensor.shape), next_step)
+
+
+def _missing(kind: str, name: str, expected: str) -> ValueError:
+    return ValueError(
+        f"{name} of action head '{kind}': expected {expected}, got None. "
+        f"Next step: put {name} into the ActionContext, or build the head without it."
+    )

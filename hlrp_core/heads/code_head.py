@@ -1,0 +1,67 @@
+"""What every code head is: the part of a backend that learns and predicts latent actions.
+
+Shape legend: B batch, L prompt tokens, W hidden width, S code positions, K codebook size, N completion tokens.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from hlrp_core.backbones.model_core import ModelCore, TokenBatch
+from hlrp_core.contract import LatentOutput, SamplingOptions
+from hlrp_core.heads.action_head import PrefixEncoding
+from hlrp_core.prompting.strategy import PromptInputs
+
+
+@dataclass(frozen=True)
+class BackboneEncoding:
+    """One run of the backbone over a batch.
+
+    Args:
+        prefix: hidden states of the prompt alone, as action heads and latent heads see them.
+        prompt: the prompt's tokens.
+        completion_hidden: `[B, N, W]` states from which each completion token is predicted; None without completion.
+        cache: keys and values of the prompt (and completion), where they were asked for.
+    """
+
+    prefix: PrefixEncoding
+    prompt: TokenBatch
+    completion_hidden: Tensor | None = None
+    cache: DynamicCache | None = None
+
+
+@dataclass(frozen=True)
+class CodeLoss:
+    """Args:
+    per_sample: `[B]`.
+    predicted: `[B, S]` codes that the head would have predicted given the true ones before them.
+    """
+
+    per_sample: Tensor
+    predicted: Tensor
+
+
+class CodeHead(nn.Module, abc.ABC):
+    """Learns codes from frame t and the instruction."""
+
+    @abc.abstractmethod
+    def completion(self, codes: Tensor) -> Tensor | None:
+        """Ids `[B, N]` to append to the prompt in training; None where the head reads the prompt alone."""
+
+    @abc.abstractmethod
+    def loss(self, core: ModelCore, encoding: BackboneEncoding, codes: Tensor) -> CodeLoss: ...
+
+    @abc.abstractmethod
+    def predict(
+        self,
+        core: ModelCore,
+        inputs: PromptInputs,
+        sampling: SamplingOptions,
+        *,
+        encoding: BackboneEncoding | None = None,
+    ) -> LatentOutput:
+        """Codes of left-padded prompts. `encoding`, where given, is of these prompts with a cache, and is used up."""

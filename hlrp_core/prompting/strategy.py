@@ -1,0 +1,197 @@
+"""PromptingStrategy: from frames and instructions to padded token ids and image inputs.
+
+A strategy only says which pieces a prompt is made of. Turning pieces into ids is the same for all of them, and
+exists twice: from the tokenizer alone (fast: every piece is encoded once and kept) and from the processor's own
+output (one call for the batch). `check_length_sources` holds the two equal at setup.
+
+The user's words are encoded with special tokens off, so that an instruction that contains `<|im_start|>` or `<ACT_3>`
+stays plain text.
+
+Shape legend: B batch, N images for each sample, L tokens, P position axes.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hlrp_core.backbones.model_core import EncodedPrompt, ImageInputs, ModelCore, TokenBatch
+from hlrp_core.codes.token_scheme import encode_literal, encode_plain
+from hlrp_core.prompting.prompt import ImageSlot, PaddingSide, Piece, PromptConfig, TemplateText, UserText
+
+CACHED_PROMPTS = 4096
+
+
+@dataclass(frozen=True)
+class PromptInputs:
+    """A batch of prompts, ready for a core."""
+
+    tokens: TokenBatch
+    images: ImageInputs
+
+
+class PromptingStrategy(abc.ABC):
+    """Builds prompts for one core.
+
+    Args:
+        core: whose tokenizer and image layouts the prompts use.
+        config: the settings of the prompt.
+    """
+
+    def __init__(self, core: ModelCore, config: PromptConfig):
+        self.core = core
+        self.config = config
+        self._pieces: dict[int, list[Piece]] = {}
+        self._prompts: OrderedDict[tuple, EncodedPrompt] = OrderedDict()
+
+    @abc.abstractmethod
+    def build_pieces(self, num_images: int) -> list[Piece]:
+        """The prompt of a sample with this many images: text, image slots and one place for the instruction."""
+
+    def pieces(self, num_images: int) -> list[Piece]:
+        if num_images not in self._pieces:
+            self._pieces[num_images] = self.build_pieces(num_images)
+        return self._pieces[num_images]
+
+    def encode(
+        self, images: Sequence[Tensor], instructions: Sequence[str], *, padding_side: PaddingSide
+    ) -> PromptInputs:
+        """Prompts of a batch.
+
+        Args:
+            images: for each of the N views a batch `[B, H, W, 3]` uint8.
+            instructions: B of them.
+        """
+        if self.config.length_from == "processor":
+            prompts, image_inputs = self._encode_with_processor(images, instructions)
+        else:
+            prompts, image_inputs = self._encode_with_tokenizer(images, instructions)
+        pad_id = self.core.tokenizer.pad_token_id
+        tokens = TokenBatch.pad(prompts, pad_id=pad_id, side=padding_side, device=self.core.device)  # type: ignore[arg-type]
+        return PromptInputs(tokens, image_inputs)
+
+    # -- the fast way: the tokenizer alone ------------------------------------------------------------------------
+
+    def _encode_with_tokenizer(
+        self, images: Sequence[Tensor], instructions: Sequence[str]
+    ) -> tuple[list[EncodedPrompt], ImageInputs]:
+        num_views = len(images)
+        inputs = self.core.process_images(interleave_views(images).to(self.core.device))
+        prompts = []
+        for row, text in enumerate(instructions):
+            layouts = tuple(inputs.layouts[row * num_views : (row + 1) * num_views])
+            prompts.append(self._prompt(text, layouts))
+        return prompts, inputs
+
+    def _prompt(self, instruction: str, layouts: tuple[tuple[int, ...], ...]) -> EncodedPrompt:
+        key = (instruction, layouts)
+        if key in self._prompts:
+            self._prompts.move_to_end(key)
+            return self._prompts[key]
+        remaining = iter(layouts)
+        ids: list[int] = []
+        for piece in self.pieces(len(layouts)):
+            match piece:
+                case TemplateText(text):
+                    ids += encode_literal(self.core.tokenizer, text)
+                case UserText():
+                    ids += self._user_ids(instruction)
+                case ImageSlot():
+                    ids += self.core.image_ids(next(remaining))
+        prompt = self._with_positions(torch.tensor(ids), list(layouts))
+        self._prompts[key] = prompt
+        if len(self._prompts) > CACHED_PROMPTS:
+            self._prompts.popitem(last=False)
+        return prompt
+
+    # -- the processor's way --------------------------------------------------------------------------------------
+
+    def _encode_with_processor(
+        self, images: Sequence[Tensor], instructions: Sequence[str]
+    ) -> tuple[list[EncodedPrompt], ImageInputs]:
+        num_views, size = len(images), len(instructions)
+        pieces = self.pieces(num_views)
+        # The processor would read special tokens in the user's words, so it gets a stand-in that is spliced out.
+        stand_in, stand_in_id = self._stand_in(pieces)
+        words = {
+            TemplateText: lambda p: p.text,
+            UserText: lambda _: stand_in,
+            ImageSlot: lambda _: self.core.image_token,
+        }
+        text = "".join(words[type(piece)](piece) for piece in pieces)
+        flat = interleave_views(images).to(self.core.device)
+        output = self.core.processor(  # type: ignore[operator]
+            text=[text] * size,
+            images=self.core.images_for_processor(flat, num_views),
+            padding=True,
+            return_tensors="pt",
+        )
+        inputs = self.core.image_inputs_from_processor(output)
+        prompts = []
+        for row, instruction in enumerate(instructions):
+            ids = output["input_ids"][row][output["attention_mask"][row].bool()].cpu()
+            at = int((ids == stand_in_id).nonzero()[0])
+            ids = torch.cat([ids[:at], torch.tensor(self._user_ids(instruction), dtype=torch.long), ids[at + 1 :]])
+            prompts.append(self._with_positions(ids, inputs.layouts[row * num_views : (row + 1) * num_views]))
+        return prompts, inputs
+
+    def _stand_in(self, pieces: list[Piece]) -> tuple[str, int]:
+        """A special token that the template does not use."""
+        template = "".join(piece.text for piece in pieces if isinstance(piece, TemplateText)) + self.core.image_token
+        for token in self.core.tokenizer.all_special_tokens:
+            if token not in template:
+                return token, self.core.tokenizer.convert_tokens_to_ids(token)  # type: ignore[return-value]
+        raise ValueError(
+            "prompt.length_from=processor: expected a tokenizer with a special token that the template does not use, got "
+            "none. Next step: use prompt.length_from=tokenizer."
+        )
+
+    # -- shared by both -------------------------------------------------------------------------------------------
+
+    def _user_ids(self, instruction: str) -> list[int]:
+        text = self.config.instruction_template.replace("{instruction}", instruction)
+        return encode_plain(self.core.tokenizer, text) if text else []
+
+    def _with_positions(self, ids: Tensor, layouts: list[tuple[int, ...]]) -> EncodedPrompt:
+        self.core.check_length(len(ids))
+        return EncodedPrompt(ids, self.core.build_positions(ids, layouts))
+
+    def check_length_sources(self, num_images: int = 1) -> None:
+        """Compare the tokenizer's and the processor's prompts on prompts of different length.
+
+        Raises:
+            ValueError: they differ, so that one of the two would mask the prompt wrongly.
+        """
+        probes = ["", "reach the red disc", "push the green block to the blue corner, slowly"]
+        size = len(probes)
+        images = [torch.zeros(size, 64, 64, 3, dtype=torch.uint8, device=self.core.device)] * num_images
+        by_tokenizer, _ = self._encode_with_tokenizer(images, probes)
+        by_processor, _ = self._encode_with_processor(images, probes)
+        for text, fast, slow in zip(probes, by_tokenizer, by_processor, strict=True):
+            if not torch.equal(fast.ids, slow.ids):
+                raise ValueError(
+                    f"prompt: expected the same ids from the tokenizer and from the processor, got {len(fast.ids)} and "
+                    f"{len(slow.ids)} tokens for {text!r} ({type(self.core.processor).__name__}). Next step: this "
+                    "processor adds tokens of its own; write the prompt without them or use another processor."
+                )
+
+
+def interleave_views(views: Sequence[Tensor]) -> Tensor:
+    """Views `N x [B, H, W, 3]` -> `[B * N, H, W, 3]`, the views of a sample side by side.
+
+    Raises:
+        ValueError: views of different size.
+    """
+    shapes = {tuple(view.shape[1:]) for view in views}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"views: expected one size for all cameras, got {sorted(shapes)}. Next step: resize them to one size."
+        )
+    if len(views) == 1:
+        return views[0]
+    return torch.stack(list(views), dim=1).flatten(0, 1)

@@ -1,0 +1,106 @@
+"""Backend name -> how it is composed.
+
+A new backend is one file and one `register_backend` line: the contract tests run over this registry, so that a newcomer
+is tested by being registered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hlrp_core.backends.config import BackendConfig
+
+if TYPE_CHECKING:
+    from hlrp_core.backbones.model_core import ModelCore
+    from hlrp_core.backends.composed import ComposedBackend
+
+
+@dataclass(frozen=True)
+class BackendRecipe:
+    """How a backend is put together.
+
+    Args:
+        family: of the backbone; a checkpoint of another one is refused.
+        compose: builds the backend on a loaded core. With `is_new` the core's vocabulary has yet to get the codes'
+            rows; without, its weights come from a saved backend.
+        tiny_size: `hlrp_core.backbones.random_checkpoint` size on which the contract tests build it.
+    """
+
+    family: str
+    compose: Callable[[BackendConfig, ModelCore, bool], ComposedBackend]
+    tiny_size: str = "tiny"
+
+
+_RECIPES: dict[str, BackendRecipe] = {}
+
+
+def register_backend(name: str, recipe: BackendRecipe) -> None:
+    """Raises:
+    ValueError: the name is taken by another recipe.
+    """
+    if _RECIPES.get(name, recipe) != recipe:
+        raise ValueError(f"backend name: expected a free one, got '{name}', which is taken. Next step: choose another.")
+    _RECIPES[name] = recipe
+
+
+def _compose_tokens(prompting: str) -> Callable[[BackendConfig, ModelCore, bool], ComposedBackend]:
+    def compose(config: BackendConfig, core: ModelCore, is_new: bool) -> ComposedBackend:
+        from hlrp_core.backends.token_backends import compose_token_backend
+
+        return compose_token_backend(config, core, prompting=prompting, is_new=is_new)
+
+    return compose
+
+
+register_backend("qwen_chat", BackendRecipe("qwen3_vl", _compose_tokens("chat")))
+register_backend("qwen_plain", BackendRecipe("qwen3_vl", _compose_tokens("plain")))
+
+
+def available_backends() -> list[str]:
+    """Names that `make_backend` takes."""
+    return sorted(_RECIPES)
+
+
+def get_recipe(name: str) -> BackendRecipe:
+    """Raises:
+    ValueError: no such backend; the closest name is offered.
+    """
+    if name not in _RECIPES:
+        close = get_close_matches(name, _RECIPES, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise ValueError(f"backend: expected one of {', '.join(available_backends())}, got {name!r}.{hint}")
+    return _RECIPES[name]
+
+
+def make_backend(
+    name: str,
+    *,
+    backbone: str | Path,
+    codebook_size: int,
+    code_seq_len: int,
+    dtype: str = "float32",
+    **settings,
+) -> ComposedBackend:
+    """Build a backend on a pretrained backbone.
+
+    Args:
+        name: one of `available_backends()`.
+        backbone: Hub id or folder in the Hugging Face layout.
+        codebook_size: K.
+        code_seq_len: S.
+        dtype: of the backbone's weights.
+        settings: further fields of `BackendConfig`, such as `prompt=PromptConfig(...)` or `action_head=...`.
+
+    Raises:
+        ValueError: unknown name, a backbone of another family, or settings that do not fit each other.
+    """
+    recipe = get_recipe(name)
+    config = BackendConfig(name=name, codebook_size=codebook_size, code_seq_len=code_seq_len, **settings)
+    from hlrp_core.backbones.loading import load_core
+
+    core = load_core(backbone, family=recipe.family, image_size=config.image_size, dtype=dtype)
+    return recipe.compose(config, core, True)
