@@ -25,9 +25,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hlrp_core.backbones.loading import build_core
 from hlrp_core.backends.composed import ComposedBackend
 from hlrp_core.backends.config import BackendConfig
-from hlrp_core.backbones.loading import build_core
 from hlrp_core.codes.token_scheme import TokenSchemeConfig
 from hlrp_core.heads.action_head import ActionHeadConfig
 from hlrp_core.prompting.prompt import PromptConfig

@@ -10,7 +10,7 @@ True means.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
@@ -25,6 +25,14 @@ class BackendMode(StrEnum):
     CODES = "codes"
     ACTIONS = "actions"
     MULTITASK = "multitask"
+
+
+# The one place where a mode becomes losses; nothing below it knows of modes.
+OBJECTIVES: dict[BackendMode, tuple[str, ...]] = {
+    BackendMode.CODES: ("codes",),
+    BackendMode.ACTIONS: ("actions",),
+    BackendMode.MULTITASK: ("codes", "actions"),
+}
 
 
 class UnsupportedModeError(ValueError):
@@ -171,6 +179,7 @@ class SamplingOptions:
         inference_delay: real-time chunking: how many actions of the old chunk run while this one is computed.
         prev_chunk_left_over: real-time chunking: `[B, C', A]`, the old chunk's actions not yet run.
         execution_horizon: real-time chunking: actions run from each chunk.
+        guidance: real-time chunking: steers each flow step towards the old chunk (`hlrp_core.heads.Guidance`).
     """
 
     generator: torch.Generator | None = None
@@ -179,6 +188,7 @@ class SamplingOptions:
     inference_delay: int | None = None
     prev_chunk_left_over: Tensor | None = None
     execution_horizon: int | None = None
+    guidance: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
         _expect(self.temperature >= 0, "temperature", "0 (greedy) or more", self.temperature)

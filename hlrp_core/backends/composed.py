@@ -21,6 +21,7 @@ from hlrp_core.backbones.model_core import ModelCore
 from hlrp_core.backends.config import BackendConfig
 from hlrp_core.codes.accuracy import CodeCounts, code_accuracy
 from hlrp_core.contract import (
+    OBJECTIVES,
     ActionBatch,
     ActionOutput,
     BackendMode,
@@ -33,12 +34,6 @@ from hlrp_core.contract import (
 from hlrp_core.heads.action_head import ActionContext, ActionHead, PrefixEncoding
 from hlrp_core.heads.code_head import BackboneEncoding, CodeHead
 from hlrp_core.prompting.strategy import PromptingStrategy, PromptInputs
-
-OBJECTIVES: dict[BackendMode, tuple[str, ...]] = {
-    BackendMode.CODES: ("codes",),
-    BackendMode.ACTIONS: ("actions",),
-    BackendMode.MULTITASK: ("codes", "actions"),
-}
 
 
 class ComposedBackend(nn.Module):
@@ -203,7 +198,7 @@ class ComposedBackend(nn.Module):
                 latent = self._predict_codes(inputs, sampling, encoding)
                 code_probs = self._code_probs(latent)
             context = self._action_context(batch, encoding.prefix if encoding else None, code_probs)
-            actions = self.action_head.predict(context, sampling)
+            actions = self.action_head.predict(context, sampling, guidance=sampling.guidance)
         return ActionOutput(actions=actions.float(), metrics={}, latent=latent)
 
     @contextmanager

@@ -35,15 +35,16 @@ class ActionHeadConfig:
         num_heads: attention heads.
         num_kv_heads: key and value heads, shared by groups of attention heads. None: `num_heads`.
         head_dim: width of one attention head. None: `hidden_dim / num_heads`.
-        mlp_dim: inner width of a layer's gated MLP. None: 8/3 of `hidden_dim`, rounded up to a multiple of 64.
+        mlp_dim: inner width of a layer's gated MLP. None: 8/3 of `hidden_dim`, rounded up to
+            a multiple of 64.
         time_dim: width of the flow-time embedding that modulates every layer.
         num_flow_steps: Euler steps from noise to an action chunk.
         num_noise_draws: (noise, time) pairs per sample and training step. They share one encoding of the
             prefix, so a second draw costs the expert's pass and not the backbone's.
         time_sampling: distribution of the training times: `beta` (Beta(1.5, 1), more weight near the noise,
             as in pi0 and SmolVLA) or `uniform`.
-        code_conditioning: how codes reach the head: `tokens` (the predicted code of each position), `soft` (its
-            distribution), `none` (only `prefix_flow` may do without).
+        code_conditioning: how codes reach the head: `tokens` (the predicted code of each position), `soft`
+            (its distribution), `none` (only `prefix_flow` may do without).
         dropout: in the head's layers.
 
     Raises:
@@ -221,9 +222,8 @@ class ActionHead(nn.Module, abc.ABC):
 
         Args:
             context: what the head looks at.
-            sampling: source of noise, and the real-time-chunking arguments. A head without noise ignores that.
-            guidance: corrects each flow step towards `sampling.prev_chunk_left_over`; without that it is
-                not called.
+            sampling: source of noise, which a regression ignores, and the real-time-chunking arguments.
+            guidance: corrects each flow step towards `sampling.prev_chunk_left_over`; not called without one.
         """
 
     def check_context(self, context: ActionContext) -> int:
@@ -255,8 +255,8 @@ class ActionHead(nn.Module, abc.ABC):
             check_shape(f"{name} of action head '{kind}'", tensor, (batch_size, *rest))
         return batch_size
 
-    def check_actions(self, actions: Tensor, is_pad: Tensor | None, batch_size: int) -> None:
-        """Checks labels against the context's batch size and the head's own chunk.
+    def read_labels(self, actions: Tensor, is_pad: Tensor | None, batch_size: int) -> Tensor:
+        """The labels as `[B, C, A]` float32, with 0 in the padded steps, which may hold anything.
 
         Raises:
             ValueError: another shape than `[B, C, A]` (`[B, C]` for `is_pad`).
@@ -266,14 +266,15 @@ class ActionHead(nn.Module, abc.ABC):
         if is_pad is not None:
             check_shape("action_is_pad", is_pad, (batch_size, chunk))
             _check(is_pad.dtype == torch.bool, "action_is_pad", "bool", is_pad.dtype, "True marks padding.")
+            actions = actions.masked_fill(is_pad[..., None], 0.0)
+        return actions.float()
 
 
 def mean_over_steps(error: Tensor, is_pad: Tensor | None) -> Tensor:
-    """Mean of `error` `[B, C, A]` over A and the steps that are not padding: `[B]`; 0 where all of them are."""
+    """Mean of `error` `[B, C, A]` over A and the steps that are not padding: `[B]`; 0 where all are."""
     error = error.mean(dim=-1)  # (B, C)
     if is_pad is None:
         return error.mean(dim=-1)
-    # A padded label may hold anything, NaN too, so it is replaced and not multiplied by 0.
     return error.masked_fill(is_pad, 0.0).sum(dim=-1) / (~is_pad).sum(dim=-1).clamp(min=1)
 
 

@@ -64,9 +64,9 @@ class FlowHead(ActionHead):
         return [(tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool)) for tokens in groups]
 
     def velocity(self, context: ActionContext, x_t: Tensor, time: Tensor) -> Tensor:
-        """The velocity at `x_t` `[B, C, A]` and `time` `[B]`, from scratch: nothing is kept between two calls.
+        """The velocity at `x_t` `[B, C, A]` and `time` `[B]`, from scratch: the memory is encoded anew.
 
-        The definition of the model, and the reference for `predict`.
+        It defines the model, and is the reference for `predict`, which encodes the memory once.
         """
         self.check_context(context)
         return self.expert(x_t, self.expert.modulation(time), self.encode_memory(context))
@@ -82,6 +82,8 @@ class FlowHead(ActionHead):
     ) -> Tensor:
         """Mean squared error of the velocity, at one drawn time of the path or the mean over several.
 
+        A padded step neither counts nor informs the others: no step attends to it.
+
         Args:
             context: what the head looks at.
             actions: `[B, C, A]`.
@@ -89,24 +91,25 @@ class FlowHead(ActionHead):
             noise: `[B, C, A]` and
             time: `[B]`: a given draw, instead of `config.num_noise_draws` from torch's global generator.
         """
-        self.check_actions(actions, is_pad, self.check_context(context))
+        actions = self.read_labels(actions, is_pad, self.check_context(context))
         draws = self.config.num_noise_draws if noise is None and time is None else 1
-        actions = actions.float().repeat_interleave(draws, dim=0)  # (B * draws, C, A)
+        actions = actions.repeat_interleave(draws, dim=0)  # (B * draws, C, A)
         if noise is None:
             noise = torch.randn_like(actions)
         if time is None:
             time = sample_times(len(actions), distribution=self.config.time_sampling, device=actions.device)
         x_t, target = interpolate(actions, noise, time)
         memory = self.encode_memory(context).repeat(draws)
-        error = (self.expert(x_t, self.expert.modulation(time), memory) - target).square()
         if is_pad is not None:
             is_pad = is_pad.repeat_interleave(draws, dim=0)
+            memory = memory.hide_steps(is_pad)
+        error = (self.expert(x_t, self.expert.modulation(time), memory) - target).square()
         return mean_over_steps(error, is_pad).view(-1, draws).mean(dim=1)
 
     def predict(self, context: ActionContext, sampling: SamplingOptions, *, guidance: Guidance | None = None) -> Tensor:
         batch_size = self.check_context(context)
         guide = self._bind(guidance, sampling, batch_size)
-        # Guidance takes a gradient by x_t, which inference mode forbids; ordinary tensors cost nothing here.
+        # Guidance takes a gradient by x_t, which inference mode and tensors made in it forbid.
         with torch.inference_mode(False), torch.no_grad():
             noise = self._starting_noise(batch_size, sampling)
             memory = self.encode_memory(context)
@@ -124,12 +127,12 @@ class FlowHead(ActionHead):
         shape = (batch_size, self.config.chunk_size, self.config.action_dim)
         if sampling.noise is not None:
             check_shape("sampling noise", sampling.noise, shape)
-            return sampling.noise.to(device, torch.float32)
+            return sampling.noise.to(device, torch.float32, copy=True)
         source = sampling.generator.device if sampling.generator is not None else device
         return torch.randn(shape, generator=sampling.generator, device=source, dtype=torch.float32).to(device)
 
     def _bind(self, guidance: Guidance | None, sampling: SamplingOptions, batch_size: int) -> Guide | None:
-        """`guidance` with this call's real-time-chunking arguments; None where there is no chunk to follow."""
+        """`guidance` with this call's real-time-chunking arguments; None where no chunk is to be followed."""
         left_over = sampling.prev_chunk_left_over
         if left_over is None:
             return None
@@ -152,7 +155,7 @@ class FlowHead(ActionHead):
             )
         bound = partial(
             guidance,
-            prev_chunk_left_over=left_over.to(self.expert.action_positions.device, torch.float32),
+            prev_chunk_left_over=left_over.to(self.expert.action_positions.device, torch.float32, copy=True),
             inference_delay=sampling.inference_delay,
             execution_horizon=sampling.execution_horizon,
         )

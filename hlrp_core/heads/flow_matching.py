@@ -2,8 +2,8 @@
 
 The one time convention of the project: **t = 1 is noise, t = 0 is data**, on the straight path
 `x_t = t * noise + (1 - t) * data`, whose velocity is `v = noise - data`. Sampling therefore integrates from
-t = 1 down to t = 0, and at any point `x_t - t * v` is the current guess of the data. openpi and LeRobot use the
-same one, and LeRobot's real-time chunking depends on it.
+t = 1 down to t = 0, and at any point `x_t - t * v` is the current guess of the data. openpi and LeRobot use
+the same one, and LeRobot's real-time chunking depends on it.
 
 Times, paths and integration are float32 whatever the dtype of the network.
 """
@@ -26,9 +26,9 @@ _MIN_TIME = 0.001
 class Guidance(Protocol):
     """Replaces the velocity of one solver step by one that is steered towards the chunk before.
 
-    The signature is that of `denoise_step` of LeRobot's `RTCProcessor`, so that the bound method can be passed
-    as it is. It is called with keywords, outside inference mode and under `no_grad`; an implementation that
-    needs the gradient enables it. See "Real-Time Execution of Action Chunking Flow Policies" (2025).
+    The signature is that of `denoise_step` of LeRobot's `RTCProcessor`, so that the bound method can be
+    passed as it is. It is called with keywords, outside inference mode and under `no_grad`; an implementation
+    that needs the gradient enables it. See "Real-Time Execution of Action Chunking Flow Policies" (2025).
     """
 
     def __call__(
@@ -71,17 +71,17 @@ def integrate(
     """Euler steps from `noise` at t = 1 to actions at t = 0.
 
     Args:
-        velocity: of `x_t` `[B, C, A]` at the step of that number; it starts at `solver_times(num_steps)[step]`.
+        velocity: of `x_t` `[B, C, A]` in the step of that number, which starts at `solver_times(...)[step]`.
         noise: `[B, C, A]` float32.
         num_steps: of equal length.
-        guide: takes `x_t`, its time and the velocity as a function of `x_t` alone; returns the velocity to follow.
+        guide: takes `x_t`, its time and the velocity as a function of `x_t` alone; returns the one to follow.
     """
     x_t = noise
     for step, time in enumerate(solver_times(num_steps)):
 
         def denoise(x: Tensor, step: int = step) -> Tensor:
-            # A guide enables the gradient for its own arithmetic. The network records one only where the guide
-            # differentiates through it; otherwise a graph over all parameters would be built and dropped.
+            # A guide enables the gradient for its own arithmetic. The network records one only where the
+            # guide differentiates through it; otherwise a graph over all parameters would be built in vain.
             with torch.set_grad_enabled(x.requires_grad):
                 return velocity(x, step)
 

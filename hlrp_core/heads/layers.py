@@ -24,6 +24,14 @@ def build_dropout(rate: float) -> nn.Module:
     return nn.Dropout(rate) if rate > 0 else nn.Identity()  # nn.Dropout(0) still costs a kernel in training
 
 
+def init_near_zero(layer: nn.Linear) -> None:
+    """A tenth of the usual initial weights, for the last layer of a branch; bias 0."""
+    with torch.no_grad():
+        layer.weight.mul_(0.1)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
 class GatedMLP(nn.Module):
     """SwiGLU, with both input projections in one matrix."""
 
@@ -38,7 +46,7 @@ class GatedMLP(nn.Module):
 
 
 class CodeEmbedding(nn.Module):
-    """Codes as tokens `[B, S, H]`: the expected entry of the table under `[B, S, K]`, plus the position's vector."""
+    """Codes as tokens: `[B, S, K]` -> `[B, S, H]`, the expected entry of a table plus the position's vector."""
 
     def __init__(self, codebook_size: int, code_seq_len: int, dim: int):
         super().__init__()

@@ -18,17 +18,17 @@ from hlrp_core.heads.action_head import (
     mean_over_steps,
 )
 from hlrp_core.heads.flow_matching import Guidance
-from hlrp_core.heads.layers import CodeEmbedding, GatedMLP, build_dropout, rms_norm
+from hlrp_core.heads.layers import CodeEmbedding, GatedMLP, build_dropout, init_near_zero, rms_norm
 
 
 class ResidualMLP(nn.Module):
-    """A pre-norm residual branch that starts at zero."""
+    """A pre-norm residual branch that starts close to zero."""
 
     def __init__(self, config: ActionHeadConfig):
         super().__init__()
         self.mlp = GatedMLP(config.hidden_dim, config.resolved_mlp_dim)
         self.dropout = build_dropout(config.dropout)
-        nn.init.zeros_(self.mlp.down.weight)
+        init_near_zero(self.mlp.down)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.dropout(self.mlp(rms_norm(x)))
@@ -37,10 +37,10 @@ class ResidualMLP(nn.Module):
 class MLPHead(ActionHead):
     """A residual MLP on the embedded codes and the state.
 
-    The loss is L1: where demonstrations disagree the answer is their median, which a few odd ones do not move, and
-    its gradient does not fade near the target, so small corrections are learned as well as large ones (ACT and
-    OpenVLA-OFT report finer control than with squared error). One input has one answer; a task whose answers come in
-    several modes needs a flow head.
+    The loss is L1: where demonstrations disagree the answer is their median, which a few odd ones do not move,
+    and its gradient does not fade near the target, so small corrections are learned as well as large ones (ACT
+    and OpenVLA-OFT report finer control than with squared error). One input has one answer; a task whose answers
+    come in several modes needs a flow head.
     """
 
     needs_prefix = False
@@ -66,14 +66,15 @@ class MLPHead(ActionHead):
         return out.float().view(-1, self.config.chunk_size, self.config.action_dim)
 
     def per_sample_loss(self, context: ActionContext, actions: Tensor, is_pad: Tensor | None) -> Tensor:
-        self.check_actions(actions, is_pad, self.check_context(context))
-        error = F.l1_loss(self(context), actions.float(), reduction="none")
+        actions = self.read_labels(actions, is_pad, self.check_context(context))
+        error = F.l1_loss(self(context), actions, reduction="none")
         return mean_over_steps(error, is_pad)
 
     def predict(self, context: ActionContext, sampling: SamplingOptions, *, guidance: Guidance | None = None) -> Tensor:
         if sampling.prev_chunk_left_over is not None:
             raise ValueError(
-                "prev_chunk_left_over for action head 'mlp': expected None, because a regression has no steps to "
-                "guide, got a chunk. Next step: switch real-time chunking off, or use 'flow' or 'prefix_flow'."
+                "prev_chunk_left_over for action head 'mlp': expected None, because a regression has no steps "
+                "to guide, got a chunk. "
+                "Next step: switch real-time chunking off, or use the head 'flow' or 'prefix_flow'."
             )
         return self(context)

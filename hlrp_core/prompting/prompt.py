@@ -18,6 +18,7 @@ class PromptConfig:
         system: system prompt; `""` for none. May hold special tokens.
         few_shot: text before the instruction, such as worked examples. May hold special tokens.
         instruction_template: `{instruction}` stands for the user's words, which are always plain text.
+        use_instruction: False hides the user's words from the model: the baseline that cannot listen.
         image_position: of the image, relative to the words. `after` lets the image's tokens attend to the words
             under a causal mask: a model trained from scratch needs it to learn what the words point at.
         length_from: who finds the prompt's ids and so its length: the `tokenizer` alone, with the image's token
@@ -28,6 +29,7 @@ class PromptConfig:
     system: str = ""
     few_shot: str = ""
     instruction_template: str = "{instruction}"
+    use_instruction: bool = True
     image_position: ImagePosition = "after"
     length_from: LengthSource = "tokenizer"
     padding_side: PaddingSide = "left"

@@ -154,6 +154,8 @@ class PromptingStrategy(abc.ABC):
     # -- shared by both -------------------------------------------------------------------------------------------
 
     def _user_ids(self, instruction: str) -> list[int]:
+        if not self.config.use_instruction:
+            return []
         text = self.config.instruction_template.replace("{instruction}", instruction)
         return encode_plain(self.core.tokenizer, text) if text else []
 

@@ -1,0 +1,101 @@
+"""Speed and difficulty of the tabletop: steps per second with rendering, and who succeeds how often.
+
+    python benchmarks/tabletop.py --episodes 500 --output outputs/tabletop.json
+
+Policies: the expert; the expert of the object that shuffled words name (what a policy that follows wrong words gets);
+a nearest-object policy that ignores the words; uniformly random actions.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from hlrp_tabletop import TIERS, TabletopEnv
+from hlrp_tabletop.env import MAX_STEP
+from hlrp_tabletop.expert import expert_action
+
+Policy = Callable[[TabletopEnv, np.random.Generator], np.ndarray]
+
+
+def follow_words(env: TabletopEnv, _: np.random.Generator) -> np.ndarray:
+    task = env.episode_task
+    return expert_action(env.scene, replace(task, target=task.spoken), MAX_STEP)
+
+
+def go_to_nearest(env: TabletopEnv, _: np.random.Generator) -> np.ndarray:
+    distance = np.linalg.norm(env.scene.positions - env.scene.gripper, axis=-1)
+    return expert_action(env.scene, replace(env.episode_task, target=int(distance.argmin())), MAX_STEP)
+
+
+POLICIES: dict[str, tuple[str, Policy]] = {
+    "expert": ("true", lambda env, rng: env.expert_action()),
+    "follows_shuffled_words": ("shuffled", follow_words),
+    "nearest_object": ("none", go_to_nearest),
+    "random": ("true", lambda env, rng: rng.uniform(-1, 1, 2)),
+}
+
+
+def evaluate(tier: str, policy_name: str, num_episodes: int, start_seed: int) -> dict[str, float]:
+    """Success rate and mean length over the seeds start_seed .. start_seed + num_episodes - 1."""
+    instructions, policy = POLICIES[policy_name]
+    env, rng = TabletopEnv(tier, instructions=instructions), np.random.default_rng(0)
+    lengths, successes = [], []
+    for episode in range(num_episodes):
+        env.reset(seed=start_seed + episode)
+        is_over, steps = False, 0
+        while not is_over:
+            _, _, terminated, truncated, info = env.step(policy(env, rng))
+            is_over, steps = terminated or truncated, steps + 1
+        lengths.append(steps)
+        successes.append(info["is_success"])
+    return {
+        "success_rate": float(np.mean(successes)),
+        "mean_steps": float(np.mean(lengths)),
+        "max_steps": int(np.max(lengths)),
+    }
+
+
+def steps_per_second(tier: str, num_steps: int) -> dict[str, float]:
+    """Rendered steps per second on one core, resets included: random actions, and the expert's actions."""
+    result = {}
+    for name in ("random", "expert"):
+        env, rng = TabletopEnv(tier), np.random.default_rng(0)
+        env.reset(seed=0)
+        start = time.perf_counter()
+        for _ in range(num_steps):
+            _, _, terminated, truncated, _ = env.step(POLICIES[name][1](env, rng))
+            if terminated or truncated:
+                env.reset()
+        result[name] = num_steps / (time.perf_counter() - start)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--episodes", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--start_seed", type=int, default=1000)
+    parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
+    args = parser.parse_args()
+    report: dict[str, dict] = {}
+    for tier in TIERS:
+        report[tier] = {"steps_per_second": steps_per_second(tier, args.steps)}
+        for name in POLICIES:
+            report[tier][name] = evaluate(tier, name, args.episodes, args.start_seed)
+    text = json.dumps(report, indent=2)
+    print(text)
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        partial = args.output.with_name(args.output.name + ".partial")
+        partial.write_text(text + "\n")
+        os.replace(partial, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""LeRobot's batch dictionaries and the contract's types.
+
+A LeRobot batch, as the preprocessor hands it over (keys that a policy reads):
+
+    observation.images.<camera>         [B, 3, H, W] or [B, T, 3, H, W] float in [0, 1]; frame t first
+    observation.images.<camera>_is_pad  [B, T] bool: frames past the end of the episode
+    observation.state                   [B, D] or [B, T, D] float, normalised
+    action                              [B, C, A] float, normalised; None or absent without labels
+    action_is_pad                       [B, C] bool
+    task                                B strings
+    index, episode_index                [B] long: global frame, episode
+
+Shape legend: B batch, T frames in time, H W image size, D state width, C chunk length, A action width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lerobot.utils.constants import ACTION, OBS_STATE
+from torch import Tensor
+
+Batch = Mapping[str, Any]
+
+
+def to_frames(images: Tensor) -> Tensor:
+    """Images `[B, 3, H, W]` or `[B, T, 3, H, W]`, float in [0, 1] or uint8 -> the very pixels, `[B, T, H, W, 3]` uint8.
+
+    Raises:
+        ValueError: another shape, or values outside [0, 1], which are no image.
+    """
+    if images.ndim not in (4, 5) or images.shape[-3] != 3:
+        raise ValueError(
+            f"images: expected [B, 3, H, W] or [B, T, 3, H, W], got {list(images.shape)}. Next step: pass the batch "
+            "through the policy's preprocessor."
+        )
+    if images.dtype != torch.uint8:
+        low, high = (bound.item() for bound in images.aminmax())
+        if not (low >= 0 and high <= 1):  # written so that NaN fails
+            raise ValueError(
+                f"images: expected values in [0, 1], got {low:.3g} to {high:.3g}. Next step: leave the normalisation of "
+                "VISUAL at IDENTITY; the backbone's processor normalises images itself."
+            )
+        images = (images.float() * 255).round().to(torch.uint8)
+    return (images if images.ndim == 5 else images[:, None]).movedim(-3, -1)
+
+
+def read_frames(batch: Batch, camera: str) -> Tensor:
+    """Frames `[B, T, H, W, 3]` uint8 of one camera.
+
+    Raises:
+        ValueError: the batch lacks the camera.
+    """
+    if batch.get(camera) is None:
+        cameras = [key for key in batch if key.startswith("observation.image") and not key.endswith("_is_pad")]
+        raise ValueError(
+            f"camera: expected {camera} in the batch, got {', '.join(cameras) or 'no camera'}. Next step: set "
+            "--policy.camera, or rename the cameras with --rename_map."
+        )
+    return to_frames(batch[camera])
+
+
+def read_instructions(batch: Batch, size: int) -> list[str]:
+    """B instructions; an empty one is an instruction like any other, a missing one is not.
+
+    Raises:
+        ValueError: no `task`, or not one for each sample.
+    """
+    task = batch.get("task")
+    if isinstance(task, str):
+        task = [task]
+    if task is None or len(task) != size:
+        raise ValueError(
+            f"task: expected {size} instruction(s) as a list of strings, got "
+            f"{'none' if task is None else len(task)}. Next step: put 'task' into the batch; '' where there are no words."
+        )
+    return list(task)
+
+
+def read_state(batch: Batch, state_dim: int) -> Tensor:
+    """The state at time t, `[B, D]`.
+
+    Raises:
+        ValueError: no state, another width, or NaN.
+    """
+    state = batch.get(OBS_STATE)
+    if state is None or state.shape[-1] != state_dim:
+        raise ValueError(
+            f"{OBS_STATE}: expected [B, {state_dim}], got {None if state is None else list(state.shape)}. Next step: use "
+            "the dataset or environment that the action head was made for."
+        )
+    return state[:, 0] if state.ndim == 3 else state
+
+
+def read_actions(batch: Batch, *, chunk_size: int, action_valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Action labels `[B, C, A]` and their padding `[B, C]`.
+
+    Raises:
+        ValueError: no actions, no chunk, or NaN where they would supervise.
+    """
+    actions = batch.get(ACTION)
+    if actions is None:
+        raise ValueError(
+            "action: expected labels [B, C, A], got none. Next step: use a dataset with actions, or --policy.mode=codes."
+        )
+    if actions.ndim != 3 or actions.shape[1] != chunk_size:
+        raise ValueError(
+            f"action: expected chunks [B, {chunk_size}, A], got {list(actions.shape)}. Next step: build the dataset with "
+            "the policy's action_delta_indices, as lerobot-train does."
+        )
+    is_pad = batch.get("action_is_pad")
+    broken = ~actions.isfinite().all(-1)  # (B, C)
+    if is_pad is not None:
+        broken = broken & ~is_pad
+    if action_valid is not None:
+        broken = broken & action_valid[:, None]
+    check_finite(~broken, ACTION, batch)
+    return actions, is_pad
+
+
+def check_finite(is_fine: Tensor, name: str, batch: Batch) -> None:
+    """Raises:
+    ValueError: `is_fine` `[B, ...]` is False somewhere; the samples are named.
+    """
+    if bool(is_fine.all()):
+        return
+    rows = (~is_fine.flatten(1).all(1)).nonzero().flatten().tolist()
+    where = f"samples {rows}"
+    if isinstance(batch.get("index"), Tensor):
+        where = f"frames {batch['index'].flatten()[rows].tolist()} of the dataset"
+    raise ValueError(
+        f"{name}: expected finite numbers, got NaN or infinity in {where}. Next step: repair the dataset, or let only "
+        "episodes with sound labels supervise (--policy.action_episodes)."
+    )
+
+
+def select_rows(values: Tensor, mask: Tensor | None) -> Tensor:
+    """`values` `[B, ...]` with zeros where `mask` `[B]` is False: fillers there may be NaN, and 0 * NaN is NaN."""
+    if mask is None:
+        return values
+    return torch.where(mask.view(-1, *[1] * (values.ndim - 1)), values, torch.zeros_like(values))

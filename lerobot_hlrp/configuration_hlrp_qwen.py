@@ -1,0 +1,21 @@
+"""Config of `hlrp_qwen`: the Qwen3-VL family (Qwen3-VL, Cosmos-Reason2) that writes codes as tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lerobot.configs.policies import PreTrainedConfig
+
+from lerobot_hlrp.policy_config import HLRPConfig
+
+
+@PreTrainedConfig.register_subclass("hlrp_qwen")
+@dataclass
+class HLRPQwenConfig(HLRPConfig):
+    """See `HLRPConfig`."""
+
+    backends: ClassVar[dict[tuple[str, str], str]] = {
+        ("chat", "tokens"): "qwen_chat",
+        ("plain", "tokens"): "qwen_plain",
+    }

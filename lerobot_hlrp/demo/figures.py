@@ -1,0 +1,107 @@
+"""The report's pictures: loss, code accuracy and success over the training steps, and rollouts as film strips."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+INK, GRID = "#22303c", "#d9dee3"
+COLOURS = {"codes": "#2f6db5", "actions": "#c8553d", "baseline": "#8a949e", "success": "#2e8b57"}
+
+# `step:1K smpl:32K ... loss:0.612 grdn:0.5 lr:1.0e-03 ... code_accuracy:0.31`, as lerobot-train logs it
+_LOGGED = re.compile(r"([A-Za-z_/]+):([-+0-9.eE]+)([KMB]?)")
+_SCALE = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}
+
+
+def read_training_log(text: str, *, log_freq: int) -> dict[str, list[float]]:
+    """Curves from what `lerobot-train` prints.
+
+    Args:
+        text: its output, progress bars and all.
+        log_freq: steps between two lines; their printed step is rounded, so steps are counted instead.
+
+    Returns:
+        Series by name; `step` is among them.
+    """
+    curves: dict[str, list[float]] = {"step": []}
+    for line in re.split(r"[\r\n]", text):
+        if "loss:" not in line or "grdn:" not in line:
+            continue
+        found = {name: float(value) * _SCALE[unit] for name, value, unit in _LOGGED.findall(line.split("] ")[-1])}
+        curves["step"].append(log_freq * (len(curves["step"]) + 1))
+        for name, value in found.items():
+            if name != "step":
+                curves.setdefault(name, []).append(value)
+    return {name: series for name, series in curves.items() if len(series) == len(curves["step"])}
+
+
+def read_success_log(text: str, *, eval_freq: int) -> dict[str, list[float]]:
+    """Success shares that `lerobot-train` measured while training: `step` and `success`."""
+    shares = [float(value) / 100 for value in re.findall(r"Suite overall aggregated:.*?'pc_success': ([0-9.]+)", text)]
+    return {"step": [eval_freq * (i + 1) for i in range(len(shares))], "success": shares}
+
+
+def _axes(width: float = 5.2, height: float = 3.2, columns: int = 1) -> tuple[Figure, list[plt.Axes]]:
+    figure, axes = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False, layout="constrained")
+    for axis in axes[0]:
+        axis.grid(color=GRID, linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(colors=INK, labelsize=9)
+    return figure, list(axes[0])
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def draw_codes_training(curves: dict[str, list[float]], path: Path) -> Path:
+    """Stage 2: loss, and code accuracy beside the constant prediction."""
+    figure, (left, right) = _axes(columns=2)
+    left.plot(curves["step"], curves["loss"], color=COLOURS["codes"], linewidth=2)
+    left.set(title="Stage 2: loss of the code tokens", xlabel="training step")
+    right.plot(curves["step"], curves["code_accuracy"], color=COLOURS["codes"], linewidth=2, label="model")
+    right.plot(
+        curves["step"], curves["constant_accuracy"], color=COLOURS["baseline"], linewidth=2, ls="--", label="best constant"
+    )
+    right.set(title="Stage 2: code accuracy", xlabel="training step", ylim=(0, None))
+    right.legend(frameon=False)
+    return _save(figure, path)
+
+
+def draw_actions_training(curves: dict[str, list[float]], success: dict[str, list[float]], path: Path) -> Path:
+    """Stage 3: loss of the flow, and success measured while training."""
+    figure, axes = _axes(columns=2 if success["step"] else 1)
+    axes[0].plot(curves["step"], curves["loss"], color=COLOURS["actions"], linewidth=2)
+    axes[0].set(title="Stage 3: flow-matching loss", xlabel="training step")
+    if success["step"]:
+        axes[1].plot(success["step"], success["success"], color=COLOURS["success"], linewidth=2, marker="o")
+        axes[1].set(title="Stage 3: success while training", xlabel="training step", ylim=(0, 1))
+    return _save(figure, path)
+
+
+def draw_success(shares: dict[str, dict[str, float]], path: Path) -> Path:
+    """Bars of success: `{tier: {policy: share}}`."""
+    figure, (axis,) = _axes(width=7)
+    names = list(dict.fromkeys(name for tier in shares.values() for name in tier))
+    palette = [COLOURS["success"], "#e0a030", "#7d6bb0", COLOURS["baseline"]]
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        at = [i + (number - (len(names) - 1) / 2) * width for i in range(len(shares))]
+        heights = [tier.get(name, np.nan) for tier in shares.values()]
+        bars = axis.bar(at, heights, width * 0.9, color=palette[number % len(palette)], label=name)
+        axis.bar_label(bars, [f"{100 * h:.0f}%" for h in heights], fontsize=9, color=INK)
+    axis.set_xticks(range(len(shares)), list(shares))
+    axis.set(title="Success over held-out episodes", ylim=(0, 1.08))
+    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(names))
+    return _save(figure, path)

@@ -1,0 +1,169 @@
+"""The demo's steps: each is the plain command that a user can run alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from lerobot_hlrp.demo.presets import Preset, Training
+from lerobot_hlrp.demo.runner import Step
+
+REPO_ID = "hlrp/tabletop"
+LOG_FREQ = 50
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One `lerobot-eval` run.
+
+    Args:
+        name: of its folder.
+        policy: folder of the trained policy.
+        tier: of the tabletop.
+        instructions: `true`, `shuffled` or `none`.
+    """
+
+    name: str
+    policy: Path
+    tier: str
+    instructions: str
+
+
+class Pipeline:
+    """Paths and commands of one demo folder.
+
+    Args:
+        folder: where everything goes.
+        preset: how much of it.
+    """
+
+    def __init__(self, folder: Path, preset: Preset):
+        self.folder = folder
+        self.preset = preset
+        self.dataset = folder / "dataset"
+        self.laq = folder / "laq"
+        self.table = folder / "codes.safetensors"
+        self.codes_figures = folder / "codes_eval.json"
+        self.evaluations = self._plan_evaluations()
+
+    # -- what is trained ------------------------------------------------------------------------------------------
+
+    def training(self, stage: str, *, words: bool = True) -> Path:
+        return self.folder / (stage if words else f"{stage}_without_words")
+
+    def checkpoint(self, stage: str, *, words: bool = True) -> Path:
+        return self.training(stage, words=words) / "checkpoints" / "last" / "pretrained_model"
+
+    def _plan_evaluations(self) -> list[Evaluation]:
+        policy = self.checkpoint("stage3")
+        plan = [
+            Evaluation(f"{tier}_{instructions}", policy, tier, instructions)
+            for tier in self.preset.tiers
+            for instructions in ("true", "shuffled")
+        ]
+        if self.preset.without_words:
+            policy = self.checkpoint("stage3", words=False)
+            plan += [Evaluation(f"{tier}_without_words", policy, tier, "true") for tier in self.preset.tiers]
+        return plan
+
+    # -- the commands ---------------------------------------------------------------------------------------------
+
+    def steps(self) -> list[Step]:
+        steps = [self._record(), self._train_laq(), self._label(), self._backbone()]
+        steps += [self._train_codes(), self._evaluate_codes(), self._train_actions()]
+        if self.preset.without_words:
+            steps += [self._train_codes(words=False), self._train_actions(words=False)]
+        return steps + [self._evaluate(evaluation) for evaluation in self.evaluations]
+
+    def _dataset(self) -> list[str]:
+        return [f"--dataset.repo_id={REPO_ID}", f"--dataset.root={self.dataset}"]
+
+    def _record(self) -> Step:
+        command = ["hlrp-record", "--env.type=hlrp_tabletop", f"--env.task={','.join(self.preset.tiers)}"]
+        command += [*self._dataset(), f"--episodes={self.preset.episodes}"]
+        return Step("record", "Record demonstrations of the scripted expert", command, self.dataset, lambda: command)
+
+    def _train_laq(self) -> Step:
+        preset = self.preset
+        command = ["hlrp-laq-train", *self._dataset(), f"--output_dir={self.laq}", f"--frame_gap={preset.frame_gap}"]
+        command += [f"--laq.codebook_size={preset.codebook_size}", f"--laq.code_seq_len={preset.code_seq_len}"]
+        command += [f"--steps={preset.laq_steps}", f"--batch_size={preset.laq_batch_size}"]
+        title = "Stage 1: train the latent-action quantiser on frame pairs (no actions)"
+        return Step("stage1", title, command, self.laq, lambda: command)
+
+    def _label(self) -> Step:
+        command = ["hlrp-label", f"--laq={self.laq}", *self._dataset(), f"--output={self.table}"]
+        return Step("label", "Label every frame pair with its codes", command, self.table, lambda: command)
+
+    def _backbone(self) -> Step:
+        folder = self.folder / "backbone"
+        command = ["hlrp-backbone", "--family=qwen3_vl", "--size=tiny", f"--output={folder}"]
+        return Step("backbone", "Make a tiny, randomly initialised Qwen3-VL checkpoint", command, folder)
+
+    def _train_codes(self, *, words: bool = True) -> Step:
+        preset = self.preset
+        command = ["lerobot-train", *self._dataset(), "--policy.type=hlrp_qwen", "--policy.mode=codes"]
+        command += [f"--policy.backbone={self.folder / 'backbone'}", f"--policy.codes={self.table}"]
+        command += ["--policy.prompting=plain", *([] if words else ["--policy.prompt.use_instruction=false"])]
+        command += self._training_flags(preset.codes, self.training("stage2", words=words))
+        title = "Stage 2: teach the vision-language model to predict the codes"
+        return self._train_step("stage2", title, command, words=words)
+
+    def _evaluate_codes(self) -> Step:
+        command = ["hlrp-eval-codes", f"--policy.path={self.checkpoint('stage2')}", *self._dataset()]
+        command += [f"--codes={self.table}", f"--dataset.eval_split={self.preset.holdout_share}"]
+        command += [f"--output={self.codes_figures}"]
+        title = "Stage 2: code accuracy on held-out episodes"
+        return Step("stage2_eval", title, command, self.codes_figures)
+
+    def _train_actions(self, *, words: bool = True) -> Step:
+        preset = self.preset
+        command = ["lerobot-train", *self._dataset(), f"--policy.path={self.checkpoint('stage2', words=words)}"]
+        command += ["--policy.mode=actions", "--policy.action_head=prefix_flow"]
+        command += [f"--policy.action_expert.{name}={value}" for name, value in preset.head.items()]
+        command += [f"--policy.chunk_size={preset.chunk_size}", f"--policy.n_action_steps={preset.n_action_steps}"]
+        command += self._training_flags(preset.actions, self.training("stage3", words=words))
+        if preset.actions.eval_freq:
+            command += ["--env.type=hlrp_tabletop", f"--env.task={preset.tiers[0]}"]
+            command += [f"--eval.n_episodes={preset.eval_curve_episodes}"]
+            command += [f"--eval.batch_size={preset.eval_curve_episodes}"]
+        title = "Stage 3: attach a flow-matching expert and learn actions"
+        return self._train_step("stage3", title, command, words=words)
+
+    def _train_step(self, stage: str, title: str, command: list[str], *, words: bool) -> Step:
+        folder = self.training(stage, words=words)
+        config = self.checkpoint(stage, words=words) / "train_config.json"
+
+        def resume() -> list[str] | None:
+            if not config.is_file():
+                return None
+            return ["lerobot-train", f"--config_path={config}", "--resume=true"]
+
+        return Step(folder.name, title if words else f"{title}, without words", command, folder, resume)
+
+    def _training_flags(self, training: Training, folder: Path) -> list[str]:
+        flags = [f"--output_dir={folder}", f"--steps={training.steps}", f"--batch_size={training.batch_size}"]
+        flags += [f"--policy.optimizer_lr={training.lr}", f"--policy.scheduler_warmup_steps={training.warmup}"]
+        flags += [f"--save_freq={training.save_freq}", f"--log_freq={LOG_FREQ}"]
+        flags += [f"--env_eval_freq={training.eval_freq}"]
+        flags += [f"--num_workers={self.preset.num_workers}", f"--dataset.eval_split={self.preset.holdout_share}"]
+        return [*flags, "--policy.device=cpu"]
+
+    def _evaluate(self, evaluation: Evaluation) -> Step:
+        episodes = self.preset.eval_episodes
+        folder = self.evaluation_folder(evaluation)
+        command = ["lerobot-eval", f"--policy.path={evaluation.policy}", "--env.type=hlrp_tabletop"]
+        command += [f"--env.task={evaluation.tier}", f"--env.instructions={evaluation.instructions}"]
+        command += [f"--eval.n_episodes={episodes}", f"--eval.batch_size={min(episodes, 25)}"]
+        command += ["--policy.device=cpu", f"--output_dir={folder}"]
+        title = f"Evaluate: {evaluation.name.replace('_', ', ', 1).replace('_', ' ')}"
+        return Step(f"eval_{evaluation.name}", title, command, folder)
+
+    def evaluation_folder(self, evaluation: Evaluation) -> Path:
+        return self.folder / "eval" / evaluation.name
+
+    def success(self, evaluation: Evaluation) -> float:
+        """Share of successful episodes, in [0, 1]."""
+        info = json.loads((self.evaluation_folder(evaluation) / "eval_info.json").read_text())
+        return info["overall"]["pc_success"] / 100

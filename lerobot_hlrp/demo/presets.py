@@ -1,0 +1,85 @@
+"""How much the demo does: sizes and budgets, and nothing else.
+
+`demo` fits into 25 minutes on two CPU cores, `full` into 90; `smoke` only shows that every step runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Training:
+    """Budget of one training run."""
+
+    steps: int
+    batch_size: int
+    lr: float
+    warmup: int
+    save_freq: int
+    eval_freq: int = 0  # evaluations in the tabletop while training; 0: none
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Args:
+    tiers: tabletop tiers that are recorded, learned and evaluated.
+    episodes: recorded in each tier.
+    frame_gap: Δ in frames.
+    codebook_size, code_seq_len: K and S.
+    laq_steps: of the quantiser's training.
+    codes, actions: budgets of stage 2 and stage 3.
+    chunk_size, n_action_steps: actions predicted, and run, at once.
+    eval_episodes: held-out episodes for each tier.
+    without_words: also train and evaluate the same policy on the same data without its instructions.
+    """
+
+    tiers: tuple[str, ...]
+    episodes: int
+    frame_gap: int
+    laq_steps: int
+    codes: Training
+    actions: Training
+    eval_episodes: int
+    codebook_size: int = 8
+    code_seq_len: int = 4
+    chunk_size: int = 8
+    n_action_steps: int = 4
+    without_words: bool = False
+    laq_batch_size: int = 64
+    eval_curve_episodes: int = 20
+    num_workers: int = 1
+    holdout_share: float = 0.05
+    head: dict[str, int] = field(default_factory=lambda: {"hidden_dim": 128, "num_layers": 3, "num_heads": 4})
+
+
+PRESETS = {
+    "smoke": Preset(
+        tiers=("reach",),
+        episodes=24,
+        frame_gap=2,
+        laq_steps=20,
+        codes=Training(steps=6, batch_size=8, lr=1e-3, warmup=2, save_freq=3),
+        actions=Training(steps=6, batch_size=8, lr=7e-4, warmup=2, save_freq=3),
+        eval_episodes=2,
+    ),
+    "demo": Preset(
+        tiers=("reach",),
+        episodes=4000,
+        frame_gap=3,
+        laq_steps=1500,
+        codes=Training(steps=4000, batch_size=32, lr=1e-3, warmup=100, save_freq=1000),
+        actions=Training(steps=1800, batch_size=32, lr=7e-4, warmup=100, save_freq=600, eval_freq=600),
+        eval_episodes=50,
+    ),
+    "full": Preset(
+        tiers=("reach", "push"),
+        episodes=5000,
+        frame_gap=3,
+        laq_steps=3000,
+        codes=Training(steps=9000, batch_size=32, lr=1e-3, warmup=200, save_freq=1000),
+        actions=Training(steps=4000, batch_size=32, lr=7e-4, warmup=100, save_freq=1000, eval_freq=1000),
+        eval_episodes=50,
+        without_words=True,
+    ),
+}
