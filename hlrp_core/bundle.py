@@ -80,7 +80,7 @@ def save_parts(backend: ComposedBackend, folder: str | Path, *, extra: dict[str,
         "schema_version": SCHEMA_VERSION,
         "backend": asdict(backend.config),
         "dtype": str(backend.core.model.dtype).removeprefix("torch."),
-        "vocabulary_rows": backend.core.lm_head.weight.shape[0],
+        "vocabulary_rows": backend.core.lm_head.out_features,
         "code_ids": code_token_ids(backend),
         "extra": extra or {},
         "versions": {name: version(name) for name in ("lerobot_policy_hlrp", "torch", "transformers")},
@@ -112,15 +112,18 @@ def save_pretrained(backend: ComposedBackend, folder: str | Path, *, extra: dict
     return folder
 
 
-def unique_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict without the second names of shared tensors (tied embeddings); contiguous, on the CPU."""
-    seen: set[int] = set()
-    tensors = {}
+def unique_names(module: nn.Module) -> list[str]:
+    """Names of the state dict without the second names of shared tensors (tied embeddings)."""
+    first: dict[int, str] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors[name] = tensor.detach().cpu().contiguous()
-    return tensors
+        first.setdefault(id(tensor), name)
+    return list(first.values())
+
+
+def unique_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of `unique_names`; contiguous, on the CPU."""
+    tensors = module.state_dict()
+    return {name: tensors[name].cpu().contiguous() for name in unique_names(module)}
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -200,7 +203,7 @@ def build_saved_backend(folder: str | Path, *, config: BackendConfig | None = No
     core = build_core(
         folder / BACKBONE, family=get_recipe(config.name).family, image_size=config.image_size, dtype=manifest["dtype"]
     )
-    rows = core.lm_head.weight.shape[0]
+    rows = core.lm_head.out_features
     if rows != manifest["vocabulary_rows"]:
         raise BundleError(
             f"{BACKBONE}/config.json: expected {manifest['vocabulary_rows']} vocabulary rows, got {rows}. "

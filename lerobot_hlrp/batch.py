@@ -15,14 +15,105 @@ Shape legend: B batch, T frames in time, H W image size, D state width, C chunk 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
+from hlrp_core.contract import ActionBatch
+
+if TYPE_CHECKING:
+    from lerobot_hlrp.label_sources import LabelSource
+    from lerobot_hlrp.policy_config import HLRPConfig
+
 Batch = Mapping[str, Any]
+
+
+class BatchReader:
+    """Reads LeRobot batches for one policy.
+
+    Args:
+        config: with its features settled.
+        state_dim: width of the state that the action head sees; 0 where it sees none.
+        labels: where codes come from; None where there are none.
+        action_episodes: those that may supervise actions; None for all.
+    """
+
+    def __init__(
+        self,
+        config: HLRPConfig,
+        *,
+        state_dim: int,
+        labels: LabelSource | None = None,
+        action_episodes: Sequence[int] | None = None,
+    ):
+        self.config = config
+        self.state_dim = state_dim
+        self.labels = labels
+        self.action_episodes = None if action_episodes is None else torch.tensor(action_episodes)
+
+    def read_observation(self, batch: Batch) -> ActionBatch:
+        """What a prediction is made from.
+
+        Raises:
+            ValueError: the batch lacks something, or holds it in another form.
+        """
+        frames = self._read_frames(batch)
+        return self._build(batch, frames, state=self._read_state(batch, None))
+
+    def read_training(self, batch: Batch) -> ActionBatch:
+        """Observation and labels to learn from. Frames after t go to the teacher and no further.
+
+        Raises:
+            ValueError: the batch lacks something, or holds it in another form.
+        """
+        frames = self._read_frames(batch)
+        labels: dict[str, Any] = {}
+        if self.config.needs_code_labels:
+            labels["target_codes"], labels["codes_valid"] = self._read_codes(batch, frames)
+        if self.config.learns_actions:
+            valid = self._read_action_valid(batch)
+            labels["actions"], labels["action_is_pad"] = read_actions(
+                batch, chunk_size=self.config.chunk_size, action_valid=valid
+            )
+            labels["action_valid"] = valid
+            labels["state"] = self._read_state(batch, valid)
+        return self._build(batch, frames, **labels)
+
+    def _build(self, batch: Batch, frames: Tensor, **rest: Any) -> ActionBatch:
+        return ActionBatch(
+            frames=frames[:, :1],
+            instructions=read_instructions(batch, len(frames)),
+            views={name: read_frames(batch, name)[:, 0] for name in self.config.extra_cameras},
+            **rest,
+        )
+
+    def _read_frames(self, batch: Batch) -> Tensor:
+        assert self.config.camera is not None  # settled by validate_features
+        return read_frames(batch, self.config.camera)
+
+    def _read_codes(self, batch: Batch, frames: Tensor) -> tuple[Tensor, Tensor]:
+        if self.labels is None:
+            raise ValueError(
+                f"labels for mode={self.config.mode}: expected a source of codes, got none. Next step: set "
+                "--policy.codes to a code table of the dataset, or --policy.laq to a LAQ."
+            )
+        return self.labels.label(batch, frames)
+
+    def _read_action_valid(self, batch: Batch) -> Tensor | None:
+        if self.action_episodes is None:
+            return None
+        episodes = batch["episode_index"].flatten()
+        return torch.isin(episodes, self.action_episodes.to(episodes.device))
+
+    def _read_state(self, batch: Batch, action_valid: Tensor | None) -> Tensor | None:
+        if self.state_dim == 0:
+            return None
+        state = select_rows(read_state(batch, self.state_dim), action_valid)
+        check_finite(state.isfinite(), OBS_STATE, batch)
+        return state
 
 
 def to_frames(images: Tensor) -> Tensor:
@@ -40,8 +131,8 @@ def to_frames(images: Tensor) -> Tensor:
         low, high = (bound.item() for bound in images.aminmax())
         if not (low >= 0 and high <= 1):  # written so that NaN fails
             raise ValueError(
-                f"images: expected values in [0, 1], got {low:.3g} to {high:.3g}. Next step: leave the normalisation of "
-                "VISUAL at IDENTITY; the backbone's processor normalises images itself."
+                f"images: expected values in [0, 1], got {low:.3g} to {high:.3g}. Next step: leave the normalisation "
+                "of VISUAL at IDENTITY; the backbone's processor normalises images itself."
             )
         images = (images.float() * 255).round().to(torch.uint8)
     return (images if images.ndim == 5 else images[:, None]).movedim(-3, -1)
@@ -73,8 +164,8 @@ def read_instructions(batch: Batch, size: int) -> list[str]:
         task = [task]
     if task is None or len(task) != size:
         raise ValueError(
-            f"task: expected {size} instruction(s) as a list of strings, got "
-            f"{'none' if task is None else len(task)}. Next step: put 'task' into the batch; '' where there are no words."
+            f"task: expected {size} instruction(s) as a list of strings, got {'none' if task is None else len(task)}. "
+            "Next step: put 'task' into the batch; '' where there are no words."
         )
     return list(task)
 
@@ -88,8 +179,8 @@ def read_state(batch: Batch, state_dim: int) -> Tensor:
     state = batch.get(OBS_STATE)
     if state is None or state.shape[-1] != state_dim:
         raise ValueError(
-            f"{OBS_STATE}: expected [B, {state_dim}], got {None if state is None else list(state.shape)}. Next step: use "
-            "the dataset or environment that the action head was made for."
+            f"{OBS_STATE}: expected [B, {state_dim}], got {None if state is None else list(state.shape)}. Next step: "
+            "use the dataset or environment that the action head was made for."
         )
     return state[:, 0] if state.ndim == 3 else state
 
@@ -103,12 +194,13 @@ def read_actions(batch: Batch, *, chunk_size: int, action_valid: Tensor | None) 
     actions = batch.get(ACTION)
     if actions is None:
         raise ValueError(
-            "action: expected labels [B, C, A], got none. Next step: use a dataset with actions, or --policy.mode=codes."
+            "action: expected labels [B, C, A], got none. Next step: use a dataset with actions, or "
+            "--policy.mode=codes."
         )
     if actions.ndim != 3 or actions.shape[1] != chunk_size:
         raise ValueError(
-            f"action: expected chunks [B, {chunk_size}, A], got {list(actions.shape)}. Next step: build the dataset with "
-            "the policy's action_delta_indices, as lerobot-train does."
+            f"action: expected chunks [B, {chunk_size}, A], got {list(actions.shape)}. Next step: build the dataset "
+            "with the policy's action_delta_indices, as lerobot-train does."
         )
     is_pad = batch.get("action_is_pad")
     broken = ~actions.isfinite().all(-1)  # (B, C)

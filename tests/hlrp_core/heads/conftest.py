@@ -18,12 +18,18 @@ STATE_DIM, CHUNK, ACTION_DIM = 4, 8, 2
 
 @pytest.fixture
 def build() -> Callable[..., ActionHead]:
-    def build(kind: str, *, seed: int = 0, **settings: Any) -> ActionHead:
+    """Builds a head whose weights are some way off their initial values, where the flow time says nothing yet."""
+
+    def build(kind: str, *, seed: int = 0, is_fresh: bool = False, **settings: Any) -> ActionHead:
         torch.manual_seed(seed)
         defaults = {"hidden_dim": 32, "num_layers": 2, "num_heads": 4, "time_dim": 16, "num_flow_steps": 4}
         sizes = {"state_dim": STATE_DIM, "chunk_size": CHUNK, "action_dim": ACTION_DIM, "code_conditioning": "soft"}
         config = ActionHeadConfig(**{"kind": kind, **defaults, **sizes, **settings})
-        return build_action_head(config, **SIZES).eval()
+        head = build_action_head(config, **SIZES).eval()
+        with torch.no_grad():
+            for parameter in head.parameters():
+                parameter.add_(0.0 if is_fresh else 0.1 * torch.randn_like(parameter))
+        return head
 
     return build
 

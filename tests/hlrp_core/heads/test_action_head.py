@@ -100,7 +100,7 @@ def test_wrong_sizes(kind, build, make_context, actions) -> None:
         head.per_sample_loss(context, actions[..., :1], None)
     with pytest.raises(ValueError, match=r"action_is_pad: expected shape \[5, 8\], got \[5, 2\]"):
         head.per_sample_loss(context, actions, torch.zeros(5, 2, dtype=torch.bool))
-    with pytest.raises(ValueError, match="action_is_pad: expected bool, got torch.float32"):
+    with pytest.raises(ValueError, match=r"action_is_pad: expected bool, got torch.float32"):
         head.per_sample_loss(context, actions, torch.zeros(5, 8))
 
 
@@ -113,8 +113,9 @@ def test_without_state(kind, build, make_context, actions) -> None:
 
 
 @every_head
-def test_every_input_matters(kind, build, make_context) -> None:
-    head, context = build(kind), make_context()
+@pytest.mark.parametrize("is_fresh", [True, False])
+def test_every_input_matters(kind, is_fresh, build, make_context) -> None:
+    head, context = build(kind, is_fresh=is_fresh), make_context()
     other = make_context(seed=11)
     reference = head.predict(context, sampling())
     for name in ("state", "code_probs", *(["prefix"] if head.needs_prefix else [])):
@@ -161,7 +162,7 @@ def test_no_padding_is_padding_of_nothing(kind, build, make_context, actions, fi
 
 @every_head
 def test_every_parameter_learns(kind, build, make_context, actions) -> None:
-    head, context = build(kind).train(), make_context()
+    head, context = build(kind, is_fresh=True).train(), make_context()
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
     before = {name: parameter.detach().clone() for name, parameter in head.named_parameters()}
     for _ in range(2):  # the flow time is silent at the start, so its embedding learns from the second step on

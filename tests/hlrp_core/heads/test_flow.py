@@ -54,6 +54,15 @@ def test_loss_is_the_error_of_the_velocity(kind, build, make_context, actions) -
 
 
 @flow_heads
+def test_no_step_attends_to_a_padded_one(kind, build, make_context, actions, is_pad) -> None:
+    head, context = build(kind), make_context()
+    noise, time = torch.randn(5, 8, 2), torch.rand(5)
+    loss = head.per_sample_loss(context, actions, is_pad, noise=noise, time=time)
+    other = torch.where(is_pad[..., None], torch.randn(5, 8, 2), noise)
+    assert torch.equal(head.per_sample_loss(context, actions, is_pad, noise=other, time=time), loss)
+
+
+@flow_heads
 def test_generator_decides_the_noise(kind, build, make_context) -> None:
     head, context = build(kind), make_context()
 

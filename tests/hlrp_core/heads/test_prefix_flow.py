@@ -37,7 +37,7 @@ def test_padding_changes_nothing(side, filler, build, make_context, actions, fix
 
 
 def test_gradient_reaches_the_prefix_from_the_first_step(build, make_context, actions) -> None:
-    head, context = build("prefix_flow").train(), make_context()
+    head, context = build("prefix_flow", is_fresh=True).train(), make_context()
     context.prefix.hidden.requires_grad_()
     head.per_sample_loss(context, actions, None).mean().backward()
     gradient = context.prefix.hidden.grad

@@ -1,0 +1,106 @@
+"""Backends of a policy: built on a pretrained backbone, or loaded from a saved policy's folder.
+
+Shape legend: none; weights are handled by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import snapshot_download
+from lerobot.utils.feature_utils import dataset_to_policy_features
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hlrp_core.backends.composed import ComposedBackend
+from hlrp_core.bundle import WEIGHTS, build_saved_backend, config_from_dict, load_tensors, read_manifest
+from hlrp_core.registry import make_backend
+from lerobot_hlrp.core_settings import build_backend_config
+from lerobot_hlrp.expectation import expect
+from lerobot_hlrp.features import adopt_features
+
+if TYPE_CHECKING:
+    from lerobot.datasets import LeRobotDatasetMetadata
+
+    from lerobot_hlrp.policy_config import HLRPConfig
+
+_HEAD = "action_head."
+
+
+def build_new_backend(config: HLRPConfig) -> ComposedBackend:
+    """A backend on the pretrained backbone that the config names; writes the code sizes into the config.
+
+    Raises:
+        ValueError: no backbone, one of another family, or settings that do not fit each other.
+    """
+    expect(
+        config.backbone is not None,
+        "backbone",
+        "a Hub id or a folder with a Hugging Face checkpoint",
+        None,
+        "Set --policy.backbone, or start from a checkpoint with --policy.path.",
+    )
+    assert config.backbone is not None
+    settings = dict(vars(build_backend_config(config)))
+    config.codebook_size, config.code_seq_len = settings["codebook_size"], settings["code_seq_len"]
+    return make_backend(settings.pop("name"), backbone=config.backbone, dtype=config.backbone_dtype, **settings)
+
+
+def load_saved_backend(
+    folder: Path, config: HLRPConfig, dataset_meta: LeRobotDatasetMetadata | None = None
+) -> ComposedBackend:
+    """The backend of a saved policy, with the action head that the config adds to it.
+
+    Writes into the config what the checkpoint fixes.
+
+    Raises:
+        BundleError: a part is missing or altered.
+        ValueError: settings do not fit the checkpoint.
+    """
+    manifest = read_manifest(folder)
+    saved = config_from_dict(manifest["backend"])
+    _expect_same_backbone(config, manifest["extra"].get("backbone"), folder)
+    is_new_head = saved.action_head is None
+    if dataset_meta is not None:
+        adopt_features(config, dataset_to_policy_features(dataset_meta.features), with_state=is_new_head)
+    backend = build_saved_backend(folder, config=build_backend_config(config, saved))
+    config.codebook_size, config.code_seq_len = saved.codebook_size, saved.code_seq_len
+    load_tensors(backend, folder / WEIGHTS, new_parts=(_HEAD,) if is_new_head else ())
+    return backend
+
+
+def _expect_same_backbone(config: HLRPConfig, built_on: str | None, folder: Path) -> None:
+    if config.backbone is None or built_on is None:
+        return
+    expect(
+        Path(config.backbone).name == Path(built_on).name,
+        "backbone",
+        f"{built_on}, on which the checkpoint {folder} was built",
+        config.backbone,
+        "Leave --policy.backbone out, as the checkpoint brings its own, or start afresh with --policy.type.",
+    )
+
+
+def fetch_folder(name: str | Path, **download: Any) -> Path:
+    """The folder of a saved policy: a local one, or all of its parts from the Hub.
+
+    Args:
+        download: arguments of `huggingface_hub.snapshot_download`, such as `revision`.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    parts = ["config.json", "hlrp.json", WEIGHTS, "backbone/*"]
+    return Path(snapshot_download(str(name), allow_patterns=parts, **download))
+
+
+def save_gathered(state_dict: Mapping[str, Tensor], folder: Path, *, names: Sequence[str], prefix: str) -> None:
+    """Write the tensors `names` from a state dict that was gathered from several processes.
+
+    Args:
+        names: of the tensors to write; second names of shared tensors are not among them.
+        prefix: of these names in `state_dict`.
+    """
+    tensors = {name: state_dict[prefix + name].detach().cpu().contiguous() for name in names}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

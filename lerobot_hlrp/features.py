@@ -1,0 +1,112 @@
+"""Which features of a dataset or environment a policy uses: one camera or more, the state, the actions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from lerobot.configs.types import FeatureType, PolicyFeature
+from lerobot.utils.constants import OBS_STATE
+
+from hlrp_core.heads import ACTION_HEADS
+from lerobot_hlrp.expectation import expect
+
+if TYPE_CHECKING:
+    from lerobot_hlrp.policy_config import HLRPConfig
+
+
+def settle_features(config: HLRPConfig) -> None:
+    """Turn camera names into feature keys, drop the cameras that are not used, and check what the mode needs.
+
+    Raises:
+        ValueError: no image, an unknown or ambiguous camera, or no actions to learn.
+    """
+    cameras = list(config.image_features)
+    expect(
+        bool(cameras),
+        "features",
+        "at least one camera (observation.images.*)",
+        f"none among {sorted(config.input_features or {})}",
+        "Use a dataset or environment with images.",
+    )
+    config.camera = find_camera(config.camera, cameras)
+    config.extra_cameras = [find_camera(name, cameras) for name in config.extra_cameras]
+    used = config.cameras
+    expect(
+        len(set(used)) == len(used), "cameras", "each once", ", ".join(used), "Leave it out of --policy.extra_cameras."
+    )
+    for name in used:
+        channels = config.image_features[name].shape[0]
+        expect(channels == 3, f"camera {name}", "3 colour channels", channels, "Choose an RGB camera.")
+    # a camera that is not used need not be there when the policy runs
+    features = config.input_features or {}
+    config.input_features = {key: ft for key, ft in features.items() if key not in cameras or key in used}
+    if config.learns_actions:
+        _check_action_features(config)
+
+
+def _check_action_features(config: HLRPConfig) -> None:
+    expect(
+        config.action_head is not None,
+        f"action_head with mode={config.mode}",
+        f"one of {', '.join(ACTION_HEADS)}",
+        None,
+        "Set --policy.action_head.",
+    )
+    expect(
+        config.action_feature is not None,
+        f"dataset for mode={config.mode}",
+        "an 'action' column",
+        f"none; it has {', '.join(sorted(config.input_features or {}))}",
+        "Use a dataset with actions, or --policy.mode=codes.",
+    )
+    for key, feature in config.normalized_features().items():
+        expect(len(feature.shape) == 1, key, "a vector", f"shape {list(feature.shape)}", "Flatten it in the dataset.")
+
+
+def find_camera(name: str | None, cameras: Sequence[str]) -> str:
+    """The feature key of a camera that is given by its key, by its last part, or not at all.
+
+    Raises:
+        ValueError: no such camera, or none given where there are several; all are listed.
+    """
+    if name is None:
+        expect(
+            len(cameras) == 1,
+            "camera",
+            f"the name of one, as there are several: {', '.join(cameras)}",
+            None,
+            f"Set --policy.camera, for example to {cameras[0]}.",
+        )
+        return cameras[0]
+    found = _matching(name, cameras)
+    expect(
+        len(found) == 1,
+        "camera",
+        f"one of {', '.join(cameras)}",
+        repr(name),
+        "Choose one of these, or rename the dataset's with --rename_map.",
+    )
+    return found[0]
+
+
+def _matching(name: str, cameras: Sequence[str]) -> list[str]:
+    return [key for key in cameras if name in (key, key.rsplit(".", 1)[-1], key.removeprefix("observation."))]
+
+
+def adopt_features(config: HLRPConfig, features: Mapping[str, PolicyFeature], *, with_state: bool) -> None:
+    """Let a loaded policy see what the data of its new run have and those of its last had not.
+
+    Args:
+        features: of the new dataset.
+        with_state: take the state from there too, because the action head is new.
+    """
+    inputs = dict(config.input_features or {})
+    cameras = [key for key, feature in features.items() if feature.type is FeatureType.VISUAL]
+    for name in config.cameras:
+        inputs |= {key: features[key] for key in _matching(name, cameras)}
+    if with_state:
+        inputs.pop(OBS_STATE, None)
+        state = features.get(OBS_STATE)
+        inputs |= {OBS_STATE: state} if state is not None else {}
+    config.input_features = inputs
