@@ -4,8 +4,8 @@
     backbone/            config.json of the backbone, tokenizer with the code tokens, chat template, image settings
     model.safetensors    all weights
 
-Only `*.json` and `*.safetensors`, so that an upload that filters by these endings loses nothing. Loading is strict, opens
-no path outside the folder, and needs no network.
+Only `*.json` and `*.safetensors`, so that an upload that filters by these endings loses nothing. Loading is strict,
+opens no path outside the folder, and needs no network.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def save_pretrained(backend: ComposedBackend, folder: str | Path, *, extra: dict
     try:
         scratch.chmod(0o755)
         save_parts(backend, scratch, extra=extra)
-        save_file(unique_tensors(backend), scratch / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(unique_tensors(backend), scratch)
         if folder.exists():
             folder.rmdir()
         scratch.rename(folder)
@@ -124,6 +124,11 @@ def unique_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The tensors of `unique_names`; contiguous, on the CPU."""
     tensors = module.state_dict()
     return {name: tensors[name].cpu().contiguous() for name in unique_names(module)}
+
+
+def save_tensors(tensors: dict[str, Tensor], folder: str | Path) -> None:
+    """Write a backend's weights, by the names of `unique_names`, into an existing folder."""
+    save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -255,7 +260,7 @@ def load_tensors(module: nn.Module, path: str | Path, *, new_parts: tuple[str, .
         if unknown or missing:
             raise BundleError(
                 f"{path}: expected exactly the tensors that its settings imply, got {len(missing)} missing "
-                f"({', '.join(missing[:3]) or 'none'}) and {len(unknown)} unknown ({', '.join(unknown[:3]) or 'none'}). "
+                f"({', '.join(missing[:3]) or '-'}) and {len(unknown)} unknown ({', '.join(unknown[:3]) or '-'}). "
                 "Next step: copy or download the folder anew."
             )
         for name in sorted(names):

@@ -239,10 +239,17 @@ class ActionOutput:
 class VLABackend(Protocol):
     """Predicts latent actions from frame t and an instruction."""
 
-    name: str
-    codebook_size: int
-    code_seq_len: int
-    modes: frozenset[BackendMode]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def codebook_size(self) -> int: ...
+
+    @property
+    def code_seq_len(self) -> int: ...
+
+    @property
+    def modes(self) -> frozenset[BackendMode]: ...
 
     def setup(self, *, device: torch.device) -> None:
         """Move everything to `device` and check that the parts fit each other. May be called again."""
@@ -259,8 +266,11 @@ class VLABackend(Protocol):
 class ActionPolicyBackend(Protocol):
     """Predicts chunks of continuous actions."""
 
-    name: str
-    modes: frozenset[BackendMode]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def modes(self) -> frozenset[BackendMode]: ...
 
     def setup(self, *, device: torch.device) -> None: ...
 

@@ -9,7 +9,7 @@ from gymnasium import spaces
 from hlrp_tabletop.expert import expert_action
 from hlrp_tabletop.physics import move_and_push, move_over
 from hlrp_tabletop.rendering import Renderer, caption_image
-from hlrp_tabletop.scene import MAX_OBJECTS, OBJECT_RADIUS, Scene, sample_scene
+from hlrp_tabletop.scene import MAX_OBJECTS, MIN_OBJECTS, OBJECT_RADIUS, Scene, sample_scene
 from hlrp_tabletop.tasks import (
     INSTRUCTION_MODES,
     PHRASINGS,
@@ -22,11 +22,10 @@ from hlrp_tabletop.tasks import (
 
 FPS = 10
 MAX_STEP = 0.1  # world units per step and axis at full action
-EPISODE_LENGTH = {"reach": 25, "push": 80}
-MIN_OBJECTS = 3
+EPISODE_LENGTH = {"reach": 25, "push": 60}
 
 
-class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
+class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
     """One random tabletop scene and one instruction per episode.
 
     Observation: `pixels` (image_size, image_size, 3) uint8, and `agent_pos` (2,) float32, the gripper's x and y in
@@ -40,7 +39,8 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     instructions: "true"; "shuffled" (the text names another object of the scene, success is judged by the original
     task); "none" (the text is empty). One seed gives the same scene and task in all three.
     phrasing: "fixed" uses one sentence per tier, "varied" draws one of four.
-    num_objects: 3 to 6. episode_length: steps until truncation, None for the tier's own.
+    num_objects: 3 to 6 (3 when pushing: more leave no room).
+    episode_length: steps until truncation, None for the tier's own.
     Raises ValueError for arguments outside of these.
     """
 
@@ -62,9 +62,9 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         require_choice("instructions", instructions, INSTRUCTION_MODES)
         require_choice("phrasing", phrasing, PHRASINGS)
         require_choice("render_mode", render_mode or "rgb_array", ("rgb_array",))
-        if not MIN_OBJECTS <= num_objects <= (MAX_OBJECTS if tier == "reach" else 4):
-            limit = MAX_OBJECTS if tier == "reach" else 4
-            raise ValueError(f"num_objects: expected {MIN_OBJECTS} to {limit} for tier {tier!r}, got {num_objects}.")
+        if not MIN_OBJECTS <= num_objects <= MAX_OBJECTS[tier]:
+            limits = f"{MIN_OBJECTS} to {MAX_OBJECTS[tier]}"
+            raise ValueError(f"num_objects: expected {limits} for tier {tier!r}, got {num_objects}.")
         if image_size < 16:
             raise ValueError(f"image_size: expected at least 16 pixels, got {image_size}.")
         if episode_length is not None and episode_length < 1:
@@ -110,14 +110,14 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         super().reset(seed=seed, options=options)
         self._scene = sample_scene(self.np_random, self.tier, self.num_objects)
         self._episode_task = self._sample_task(self._scene)
         self._num_steps = 0
         return self._observation(), {"is_success": False}
 
-    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         scene, task = self.scene, self.episode_task
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (2,) or not np.isfinite(action).all():
@@ -165,5 +165,5 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         is_success = bool(distance <= OBJECT_RADIUS)
         return is_success, is_success
 
-    def _observation(self) -> dict[str, np.ndarray]:
+    def _observation(self) -> dict[str, Any]:
         return {"pixels": self._renderer.draw(self.scene), "agent_pos": self.scene.gripper.astype(np.float32)}

@@ -18,10 +18,7 @@ _CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=-1)
 
 def expert_action(scene: Scene, task: Task, max_step: float) -> np.ndarray:
     """The next action, (2,) float32 in [-1, 1]; one unit moves the gripper by `max_step`."""
-    if task.tier == "reach":
-        goal = scene.positions[task.target]
-    else:
-        goal = _push_goal(scene, task)
+    goal = scene.positions[task.target] if task.tier == "reach" else _push_goal(scene, task)
     return _action_towards(goal - scene.gripper, max_step)
 
 

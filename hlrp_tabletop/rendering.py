@@ -1,8 +1,8 @@
 """Antialiased drawing of a scene in plain NumPy.
 
 Every figure is a signed distance function (negative inside, world units) that is evaluated only in the figure's
-bounding box; half a pixel on both sides of its zero line is blended. Table, places and objects are one cached layer,
-redrawn when an object moves; each frame adds the gripper to a copy of it.
+bounding box; half a pixel on both sides of its zero line is blended. Two layers are cached: the table with its places,
+redrawn when the places change, and the objects on it, redrawn when one moves. Each frame adds the gripper to a copy.
 """
 
 from collections.abc import Callable
@@ -27,26 +27,26 @@ SignedDistance = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class Renderer:
-    """Draws scenes at one size. Keeps the last static layer, so use one renderer per environment."""
+    """Draws scenes at one size. Keeps the last layers, so use one renderer per environment."""
 
     def __init__(self, size: int):
         self.size = size
         self._pixel = 2 * VIEW / size
         centres = (np.arange(size, dtype=np.float32) + 0.5) * self._pixel - VIEW
         self._x, self._y = centres, -centres  # row 0 is the top, y = +VIEW
+        self._table_key: bytes | None = None
+        self._table = np.zeros((size, size, 3), dtype=np.float32)
         self._layer_key: tuple[bytes, ...] = ()
         self._layer = np.zeros((size, size, 3), dtype=np.uint8)
 
     def draw(self, scene: Scene) -> np.ndarray:
         """The picture of a scene, (size, size, 3) uint8, a fresh array."""
-        key = (
-            scene.positions.tobytes(),
-            scene.colours.tobytes(),
-            scene.shapes.tobytes(),
-            scene.place_colours.tobytes(),
-        )
-        if key != self._layer_key:
-            self._layer, self._layer_key = self._draw_layer(scene), key
+        table_key = scene.place_colours.tobytes()
+        if table_key != self._table_key:
+            self._table, self._table_key = self._draw_table(scene), table_key
+        layer_key = (table_key, scene.positions.tobytes(), scene.colours.tobytes(), scene.shapes.tobytes())
+        if layer_key != self._layer_key:
+            self._layer, self._layer_key = self._draw_objects(scene), layer_key
         image = self._layer.copy()
         self._draw_gripper(image, scene.gripper)
         return image
@@ -56,12 +56,18 @@ class Renderer:
         column, row = (point[0] + VIEW) / self._pixel, (VIEW - point[1]) / self._pixel
         return min(max(int(row), 0), self.size - 1), min(max(int(column), 0), self.size - 1)
 
-    def _draw_layer(self, scene: Scene) -> np.ndarray:
+    def _draw_table(self, scene: Scene) -> np.ndarray:
+        """The table with its places, (size, size, 3) float32."""
         canvas = np.empty((self.size, self.size, 3), dtype=np.float32)
         canvas[:] = _RIM
         self._fill(canvas, np.zeros(2), VIEW, _rounded_box(1.06, 1.06, 0.08), _TABLE)
         for position, colour in zip(scene.place_positions, scene.place_colours, strict=True):
             self._draw_place(canvas, position, _PALETTE[colour])
+        return canvas
+
+    def _draw_objects(self, scene: Scene) -> np.ndarray:
+        """The table with its objects, (size, size, 3) uint8."""
+        canvas = self._table.copy()
         for position, colour, shape in zip(scene.positions, scene.colours, scene.shapes, strict=True):
             self._draw_object(canvas, position, _PALETTE[colour], _SHAPES[SHAPE_NAMES[shape]])
         return np.rint(canvas).astype(np.uint8)
@@ -99,7 +105,7 @@ class Renderer:
         opacity: float = 1.0,
         softness: float = 0.0,
     ) -> None:
-        """Blends `colour` into `image` (float or uint8), in place, where `distance` (relative to centre) is negative."""
+        """Blends `colour` into `image` (float or uint8), in place, where `distance` (from centre) is negative."""
         reach = extent + softness + self._pixel
         columns = self._window(centre[0] + VIEW, reach)
         rows = self._window(VIEW - centre[1], reach)

@@ -14,7 +14,8 @@ OBJECT_RADIUS = 0.19
 GRIPPER_RADIUS = 0.075
 CONTACT_DISTANCE = OBJECT_RADIUS + GRIPPER_RADIUS
 CORNER = 0.74  # |x| and |y| of a corner's centre
-MAX_OBJECTS = len(COLOUR_NAMES)
+MIN_OBJECTS = 3
+MAX_OBJECTS = {"reach": len(COLOUR_NAMES), "push": 3}  # more leave no room to push
 
 _REACH_EXTENT = 0.80  # objects lie within +-extent
 _PUSH_EXTENT = 0.50
@@ -32,8 +33,8 @@ class Scene:
     """Everything the picture shows.
 
     gripper: (2,) float64. positions: (N, 2) float64, centres. colours, shapes: (N,) int, indices into COLOUR_NAMES and
-    SHAPE_NAMES. place_positions: (M, 2) float64. place_colours: (M,) int. feasible: (N, M) bool, places an object can be
-    pushed to in a straight line.
+    SHAPE_NAMES. place_positions: (M, 2) float64. place_colours: (M,) int. feasible: (N, M) bool, whether an object can
+    be pushed to a place in a straight line.
     """
 
     gripper: np.ndarray

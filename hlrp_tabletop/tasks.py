@@ -38,7 +38,7 @@ class Task:
     """What success means in one episode, and what the policy is told.
 
     `target` and `place` index the scene's objects and places and alone decide success (`place` is None when reaching).
-    `spoken` indexes the object that `instruction` names: `target` itself, or another one when instructions are shuffled.
+    `spoken` indexes the object that `instruction` names: `target`, or another one when instructions are shuffled.
     """
 
     tier: str

@@ -3,3 +3,4 @@
 from lerobot_hlrp.registration import import_after
 
 import_after("lerobot.configs.policies", "lerobot_hlrp.configuration_hlrp_qwen")
+import_after("lerobot.envs.configs", "lerobot_hlrp.envs")

@@ -1,7 +1,7 @@
 """Which episodes may supervise actions, and the statistics of these alone.
 
-LeRobot's `dataset.meta.stats` are of all episodes. Normalising with them would hand a policy that learns from few labels
-the scale of labels it must not see, so they are replaced before the processors are built.
+LeRobot's `dataset.meta.stats` are of all episodes. Normalising with them would hand a policy that learns from few
+labels the scale of labels it must not see, so they are replaced before the processors are built.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_STILL = 1e-6
 _NEEDED = {
     NormalizationMode.MEAN_STD: ("mean", "std"),
     NormalizationMode.MIN_MAX: ("min", "max"),
@@ -61,7 +62,22 @@ def restrict_statistics(meta: LeRobotDatasetMetadata, episodes: Sequence[int]) -
     keys = [key for key in (ACTION, OBS_STATE) if key in meta.features]
     per_episode = _read_episode_statistics(meta, episodes, keys)
     for key, statistics in aggregate_stats(per_episode).items():
-        meta.stats[key] = statistics
+        meta.stats[key] = _widen(statistics)
+
+
+def _widen(statistics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Give a dimension that never moves a width of 1.
+
+    In few episodes a gripper may stand still. Divided by a width of 0, its first movement would be a number of eight
+    digits.
+    """
+    wide = dict(statistics)
+    wide["std"] = np.where(wide["std"] < _STILL, 1.0, wide["std"])
+    for low, high in (("min", "max"), ("q01", "q99"), ("q10", "q90")):
+        if low in wide and high in wide:
+            still = wide[high] - wide[low] < _STILL
+            wide |= {low: wide[low] - 0.5 * still, high: wide[high] + 0.5 * still}
+    return wide
 
 
 def _read_episode_statistics(

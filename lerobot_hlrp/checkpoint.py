@@ -1,18 +1,12 @@
-"""Backends of a policy: built on a pretrained backbone, or loaded from a saved policy's folder.
-
-Shape legend: none; weights are handled by name.
-"""
+"""Backends of a policy: built on a pretrained backbone, or loaded from a saved policy's folder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
 from lerobot.utils.feature_utils import dataset_to_policy_features
-from safetensors.torch import save_file
-from torch import Tensor
 
 from hlrp_core.backends.composed import ComposedBackend
 from hlrp_core.bundle import WEIGHTS, build_saved_backend, config_from_dict, load_tensors, read_manifest
@@ -88,19 +82,18 @@ def fetch_folder(name: str | Path, **download: Any) -> Path:
 
     Args:
         download: arguments of `huggingface_hub.snapshot_download`, such as `revision`.
+
+    Raises:
+        ValueError: no such folder, and no name of the Hub either.
     """
     if Path(name).is_dir():
         return Path(name)
+    expect(
+        not Path(name).is_absolute() and len(Path(name).parts) == 2,
+        "policy",
+        "the folder `pretrained_model` of a checkpoint, or user/repository on the Hub",
+        f"{name}, which is no folder",
+        "Check the path.",
+    )
     parts = ["config.json", "hlrp.json", WEIGHTS, "backbone/*"]
     return Path(snapshot_download(str(name), allow_patterns=parts, **download))
-
-
-def save_gathered(state_dict: Mapping[str, Tensor], folder: Path, *, names: Sequence[str], prefix: str) -> None:
-    """Write the tensors `names` from a state dict that was gathered from several processes.
-
-    Args:
-        names: of the tensors to write; second names of shared tensors are not among them.
-        prefix: of these names in `state_dict`.
-    """
-    tensors = {name: state_dict[prefix + name].detach().cpu().contiguous() for name in names}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

@@ -13,7 +13,7 @@ from lerobot_hlrp.policy_config import HLRPConfig
 @PreTrainedConfig.register_subclass("hlrp_qwen")
 @dataclass
 class HLRPQwenConfig(HLRPConfig):
-    """Latent actions with a backbone of the Qwen3-VL family (Qwen3-VL, Cosmos-Reason2), which writes codes as tokens."""
+    """Latent actions on a backbone of the Qwen3-VL family (Qwen3-VL, Cosmos-Reason2), which writes codes as tokens."""
 
     backends: ClassVar[dict[tuple[str, str], str]] = {
         ("chat", "tokens"): "qwen_chat",

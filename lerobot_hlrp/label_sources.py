@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lerobot_hlrp.batch import Batch
+from lerobot_hlrp.expectation import expect
 
 if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDatasetMetadata
@@ -31,23 +32,25 @@ class LabelSource(Protocol):
 
     Attributes:
         title: what it is, for messages.
-        facts: what it fixes about a policy that learns from it, by the names of the policy's settings.
+        laq_id: name of the LAQ that made the labels, as far as it is known.
+        facts: what the source fixes about a policy that learns from it, by the names of the policy's settings.
     """
 
     title: str
+    laq_id: str | None
     facts: dict[str, Any]
+
+    def check_dataset(self, meta: LeRobotDatasetMetadata) -> None:
+        """Raises:
+        ValueError: the source is not of this dataset.
+        """
+        ...
 
     def label(self, batch: Batch, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Codes `[B, S]` long, and `[B]` bool whether they may supervise.
 
         Args:
             frames: `[B, T, H, W, 3]` uint8 of the LAQ's camera.
-        """
-        ...
-
-    def check_dataset(self, meta: LeRobotDatasetMetadata) -> None:
-        """Raises:
-        ValueError: the source cannot label this dataset.
         """
         ...
 
@@ -58,6 +61,7 @@ class TableLabels:
     def __init__(self, table: CodeTable, path: str):
         self.table = table
         self.title = f"code table {path}"
+        self.laq_id = getattr(table, "laq_id", None)
         self.facts = {
             "codebook_size": table.codebook_size,
             "code_seq_len": table.code_seq_len,
@@ -65,17 +69,17 @@ class TableLabels:
             "laq_hash": table.laq_hash,
         }
 
+    def check_dataset(self, meta: LeRobotDatasetMetadata) -> None:
+        raise NotImplementedError
+
     def label(self, batch: Batch, frames: Tensor) -> tuple[Tensor, Tensor]:
         if batch.get("index") is None:
             raise ValueError(
                 "index: expected the global frame index [B] in the batch, got none. Next step: pass batches of a "
                 "LeRobotDataset; the code table is looked up by it."
             )
-        codes, valid = self.table.lookup(batch["index"].flatten())
+        codes, valid = self.table.lookup(batch["index"].flatten().cpu())
         return codes.to(frames.device), valid.to(frames.device)
-
-    def check_dataset(self, meta: LeRobotDatasetMetadata) -> None:
-        raise NotImplementedError
 
 
 class OnlineLabels:
@@ -88,6 +92,7 @@ class OnlineLabels:
         self.laq = laq.eval().requires_grad_(False)
         self.camera = camera
         self.title = f"LAQ {name}"
+        self.laq_id = Path(name).name if Path(name).is_dir() else name
         self.facts = {
             "codebook_size": laq.codebook_size,
             "code_seq_len": laq.code_seq_len,
@@ -95,11 +100,15 @@ class OnlineLabels:
             "laq_hash": laq.weights_hash(),
         }
 
+    def check_dataset(self, meta: LeRobotDatasetMetadata) -> None:
+        """A LAQ labels any dataset."""
+
     def label(self, batch: Batch, frames: Tensor) -> tuple[Tensor, Tensor]:
         if frames.shape[1] < 2:
             raise ValueError(
-                f"{self.camera}: expected frames t and t+{self.facts['frame_gap']} for {self.title}, got frame t alone. "
-                "Next step: build the dataset with the policy's observation_delta_indices, as lerobot-train does."
+                f"{self.camera}: expected frames t and t+{self.facts['frame_gap']} for {self.title}, got frame t "
+                "alone. Next step: build the dataset with the policy's observation_delta_indices, as lerobot-train "
+                "does."
             )
         self.laq.to(frames.device)
         with torch.no_grad():
@@ -108,13 +117,9 @@ class OnlineLabels:
         valid = torch.ones(len(frames), dtype=torch.bool) if is_pad is None else ~is_pad.any(1)
         return codes, valid.to(frames.device)
 
-    def check_dataset(self, meta: LeRobotDatasetMetadata) -> None:
-        longest = max(meta.episodes["length"])
-        if longest <= self.facts["frame_gap"]:
-            raise ValueError(
-                f"frame_gap: expected less than {longest}, the length of the dataset's longest episode, got "
-                f"{self.facts['frame_gap']}. Next step: train a LAQ with a smaller frame gap."
-            )
+
+# Facts that may change between two runs of a policy, if the user says so.
+_FORGETTABLE = ("frame_gap", "laq_hash")
 
 
 def open_label_source(config: HLRPConfig, meta: LeRobotDatasetMetadata | None) -> LabelSource | None:
@@ -130,16 +135,31 @@ def open_label_source(config: HLRPConfig, meta: LeRobotDatasetMetadata | None) -
         return None
     for name, value in source.facts.items():
         wanted = getattr(config, name)
-        if wanted is not None and wanted != value:
-            raise ValueError(
-                f"{name}: expected {wanted} (from --policy.{name} or the checkpoint), got {value} from {source.title}. "
-                f"Next step: use labels that fit, or start without it (--policy.{name}=null) if the old codes no longer "
-                "matter."
-            )
+        forget = f", or give the old codes up with --policy.{name}=null" if name in _FORGETTABLE else ""
+        expect(
+            wanted in (None, value),
+            name,
+            f"{wanted}, as the policy's settings or its checkpoint have it",
+            f"{value} from {source.title}",
+            f"Use labels that fit{forget}.",
+        )
         setattr(config, name, value)
+    config.laq_id = source.laq_id or config.laq_id
     if meta is not None:
+        _check_frame_gap(source, meta)
         source.check_dataset(meta)
     return source
+
+
+def _check_frame_gap(source: LabelSource, meta: LeRobotDatasetMetadata) -> None:
+    longest, gap = max(meta.episodes["length"]), source.facts["frame_gap"]
+    expect(
+        gap < longest,
+        "frame_gap",
+        f"less than {longest}, the length of the dataset's longest episode",
+        f"{gap} from {source.title}",
+        "Use a LAQ with a smaller frame gap, or a dataset with longer episodes.",
+    )
 
 
 def _open(config: HLRPConfig) -> LabelSource | None:

@@ -22,11 +22,11 @@ from lerobot.policies.rtc.modeling_rtc import RTCProcessor
 from torch import Tensor
 
 from hlrp_core.backends.composed import ComposedBackend
-from hlrp_core.bundle import save_parts, save_weights, unique_names
+from hlrp_core.bundle import save_parts, save_tensors, unique_names, unique_tensors
 from hlrp_core.contract import BackendMode, LatentOutput, SamplingOptions
 from lerobot_hlrp.action_labels import check_statistics, choose_action_episodes, restrict_statistics
 from lerobot_hlrp.batch import BatchReader
-from lerobot_hlrp.checkpoint import build_new_backend, fetch_folder, load_saved_backend, save_gathered
+from lerobot_hlrp.checkpoint import build_new_backend, fetch_folder, load_saved_backend
 from lerobot_hlrp.expectation import expect, expect_choice
 from lerobot_hlrp.label_sources import open_label_source
 from lerobot_hlrp.policy_config import HLRPConfig, backbone_name
@@ -76,10 +76,15 @@ class HLRPPolicy(PreTrainedPolicy):
             action_episodes=episodes,
         )
         self._tensor_names = unique_names(self.backend)  # before anything wraps or shards the modules
-        self._no_split_modules = [*(self.backend.core.model._no_split_modules or []), "ExpertLayer"]  # for FSDP
-        self._metrics = dict.fromkeys(_METRICS[config.mode], 0.0)
+        self._no_split_modules = self._layer_classes()
+        self._metrics = {name: 0.0 for objective in config.objectives for name in _METRICS[objective]}
         self.init_rtc_processor()
         self.reset()
+
+    def _layer_classes(self) -> list[str]:
+        """Names of the classes that FSDP wraps one by one; a name that is not there would be an error to it."""
+        repeated = {*(self.backend.core.model._no_split_modules or ()), "ExpertLayer"}
+        return sorted(repeated & {type(module).__name__ for module in self.modules()})
 
     # -- training -------------------------------------------------------------------------------------------------
 
@@ -134,7 +139,6 @@ class HLRPPolicy(PreTrainedPolicy):
         prev_chunk_left_over: Tensor | None = None,
         execution_horizon: int | None = None,
         generator: torch.Generator | None = None,
-        **_: Any,
     ) -> Tensor:
         """A chunk of actions `[B, C, A]` float32, normalised; the postprocessor turns them into the robot's units.
 
@@ -196,6 +200,17 @@ class HLRPPolicy(PreTrainedPolicy):
         config = self.config.rtc_config
         self.rtc_processor = RTCProcessor(config) if config is not None and config.enabled else None
 
+    def _get_default_peft_targets(self) -> dict[str, Any]:
+        """Adapters on the language model; what is new in it, and the action head, is trained and saved whole."""
+        whole = ["embed_tokens", "lm_head"] if "codes" in self.config.objectives else []
+        if self.backend.action_head is not None:
+            whole.append("action_head")
+        projections = "(q|k|v|o|gate|up|down)_proj"
+        return {
+            "target_modules": rf".*\.(language_model|text_model)\..*\.{projections}",
+            "modules_to_save": whole,
+        }
+
     # -- saving and loading ---------------------------------------------------------------------------------------
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -207,9 +222,10 @@ class HLRPPolicy(PreTrainedPolicy):
         self.config._save_pretrained(save_directory)
         save_parts(self.backend, save_directory, extra=self._provenance())
         if state_dict is None:
-            save_weights(self.backend, save_directory)
+            tensors = unique_tensors(self.backend)
         else:
-            save_gathered(state_dict, save_directory, names=self._tensor_names, prefix="backend.")
+            tensors = {name: state_dict[f"backend.{name}"].cpu().contiguous() for name in self._tensor_names}
+        save_tensors(tensors, save_directory)
 
     def _provenance(self) -> dict[str, Any]:
         config, episodes = self.config, self.reader.action_episodes
@@ -263,12 +279,8 @@ class HLRPPolicy(PreTrainedPolicy):
         return cls(loaded, backend=backend, dataset_meta=dataset_meta, **kwargs).eval()
 
 
-# What each mode's loss reports, in this order.
-_METRICS = {
-    "codes": ("codes_loss", "code_accuracy", "constant_accuracy"),
-    "actions": ("actions_loss",),
-    "multitask": ("codes_loss", "code_accuracy", "constant_accuracy", "actions_loss"),
-}
+# What each loss reports, in this order.
+_METRICS = {"codes": ("codes_loss", "code_accuracy", "constant_accuracy"), "actions": ("actions_loss",)}
 
 
 def _claim_action_episodes(config: HLRPConfig, meta: LeRobotDatasetMetadata) -> list[int] | None:

@@ -243,6 +243,11 @@ class HLRPConfig(PreTrainedConfig):
         return list(range(self.chunk_size)) if self.learns_actions else None
 
     @property
+    def drop_n_last_frames(self) -> int:
+        """Frames at an episode's end that LeRobot's sampler leaves out: those whose pair would cross it."""
+        return (self.frame_gap or 0) if self.objectives == ("codes",) else 0
+
+    @property
     def reward_delta_indices(self) -> None:
         return None
 

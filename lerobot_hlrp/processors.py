@@ -1,7 +1,7 @@
 """Processors that all policy types share: LeRobot's own scaffold.
 
-The steps carry LeRobot's names (rename, batch, device, normalise; unnormalise, device), because fine-tuning overrides them
-by name. Nothing that a flag chooses lives here: a saved policy's processors are loaded from its folder.
+The steps carry LeRobot's names (rename, batch, device, normalise; unnormalise, device), because fine-tuning overrides
+them by name. Nothing that a flag chooses lives here: a saved policy's processors are loaded from its folder.
 """
 
 from __future__ import annotations

@@ -245,7 +245,7 @@ class ComposedBackend(nn.Module):
         return self._encode_with_completion(inputs, completion, use_cache=decodes), inputs
 
     def _encode_with_completion(self, inputs: PromptInputs, completion: Tensor, *, use_cache: bool) -> BackboneEncoding:
-        """Prompt and completion in one forward; causality makes the prompt's part equal to a run of the prompt alone."""
+        """Prompt and completion in one forward; by causality the prompt's part equals a run of the prompt alone."""
         tokens = inputs.tokens.append(completion)
         self.core.check_length(tokens.ids.shape[1])
         hidden, cache = self.core(tokens, inputs.images, use_cache=use_cache)  # (B, L + N, W)
@@ -314,7 +314,7 @@ class ComposedBackend(nn.Module):
         codes, mask = batch.target_codes.to(self.core.device), batch.codes_mask().to(self.core.device)
         if codes.shape[1] != self.code_seq_len:
             raise ValueError(
-                f"target_codes: expected [B, {self.code_seq_len}] (code_seq_len of the backend), got {tuple(codes.shape)}. "
+                f"target_codes: expected [B, {self.code_seq_len}] (the backend's code_seq_len), got {tuple(codes.shape)}. "
                 "Next step: label with a LAQ of this code length, or build the backend with the table's."
             )
         codes = torch.where(mask[:, None], codes, torch.zeros_like(codes))

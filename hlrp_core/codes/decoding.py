@@ -1,7 +1,7 @@
 """From a prompt to codes: three named ways.
 
-`constrained` runs over the key-value cache: wrapper and separator tokens are forced, so they ride in the prefill or with
-the code before them, and every step projects onto the K code rows alone. `generate` is Hugging Face's `generate`
+`constrained` runs over the key-value cache: wrapper and separator tokens are forced, so they ride in the prefill or
+with the code before them, and every step projects onto the K code rows alone. `generate` is Hugging Face's `generate`
 with allowed tokens: the slow reference whose greedy codes `constrained` must equal. `free` lets the model write
 what it likes and reports what does not parse.
 
@@ -158,8 +158,8 @@ def generate_ids(
     """New ids `[B, N]`, at most one completion long."""
     if sampling.generator is not None:
         raise ValueError(
-            "decoding: expected no generator with Hugging Face `generate`, got one. Next step: use decoding=constrained, "
-            "or seed torch's global generator."
+            "decoding: expected no generator with Hugging Face `generate`, got one. Next step: use "
+            "decoding=constrained, or seed torch's global generator."
         )
     _expect_left_padding(inputs.tokens)
     draw = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}

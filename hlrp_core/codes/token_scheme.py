@@ -90,8 +90,8 @@ def add_code_tokens(tokenizer: PreTrainedTokenizerBase, scheme: TokenSchemeConfi
         in_order = ids == list(range(ids[0], ids[0] + len(names)))
         if len(present) < len(names) or not in_order or any(name not in special for name in names):
             raise ValueError(
-                f"tokenizer: expected none or all of {len(names)} code tokens ({names[0]}, ..., {names[-1]}) as special "
-                f"tokens with consecutive ids, got {len(present)} of them ({present[0]}, ...). Next step: choose other "
+                f"tokenizer: expected none or all of {len(names)} code tokens ({names[0]}, ..., {names[-1]}) as "
+                f"special tokens with consecutive ids, got {len(present)} of them ({present[0]}, ...). Next step: choose other "
                 "names in the token scheme, or use the original tokenizer."
             )
         return 0

@@ -21,8 +21,8 @@ class ChatPrompting(PromptingStrategy):
         processor, config = self.core.processor, self.config
         if not getattr(processor, "chat_template", None):
             raise ValueError(
-                f"prompting=chat: expected a processor with a chat template, got {type(processor).__name__} without one. "
-                "Next step: choose prompting=plain, or a checkpoint whose processor has a chat template."
+                f"prompting=chat: expected a processor with a chat template, got {type(processor).__name__} without "
+                "one. Next step: choose prompting=plain, or a checkpoint whose processor has a chat template."
             )
         text = f"{config.few_shot}\n{_INSTRUCTION}" if config.few_shot else _INSTRUCTION
         images = [{"type": "image"}] * num_images

@@ -147,8 +147,8 @@ class PromptingStrategy(abc.ABC):
             if token not in template:
                 return token, self.core.tokenizer.convert_tokens_to_ids(token)  # type: ignore[return-value]
         raise ValueError(
-            "prompt.length_from=processor: expected a tokenizer with a special token that the template does not use, got "
-            "none. Next step: use prompt.length_from=tokenizer."
+            "prompt.length_from=processor: expected a tokenizer with a special token that the template does not use, "
+            "got none. Next step: use prompt.length_from=tokenizer."
         )
 
     # -- shared by both -------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def run_demo(config: DemoConfig) -> int:
     from lerobot_hlrp.demo.pipeline import Pipeline
     from lerobot_hlrp.demo.presets import PRESETS
     from lerobot_hlrp.demo.report import write_report
-    from lerobot_hlrp.demo.runner import StepFailed, StepRunner
+    from lerobot_hlrp.demo.runner import StepError, StepRunner
 
     if config.preset not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {config.preset!r}")
@@ -50,7 +50,7 @@ def run_demo(config: DemoConfig) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. Run the same command again: it picks up where it stopped.")
         return 130
-    except StepFailed as error:
+    except StepError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     report = write_report(pipeline, runner, steps)

@@ -71,9 +71,8 @@ def draw_codes_training(curves: dict[str, list[float]], path: Path) -> Path:
     left.plot(curves["step"], curves["loss"], color=COLOURS["codes"], linewidth=2)
     left.set(title="Stage 2: loss of the code tokens", xlabel="training step")
     right.plot(curves["step"], curves["code_accuracy"], color=COLOURS["codes"], linewidth=2, label="model")
-    right.plot(
-        curves["step"], curves["constant_accuracy"], color=COLOURS["baseline"], linewidth=2, ls="--", label="best constant"
-    )
+    constant = curves["constant_accuracy"]
+    right.plot(curves["step"], constant, color=COLOURS["baseline"], linewidth=2, ls="--", label="best constant")
     right.set(title="Stage 2: code accuracy", xlabel="training step", ylim=(0, None))
     right.legend(frameon=False)
     return _save(figure, path)

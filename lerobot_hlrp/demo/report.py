@@ -130,15 +130,15 @@ def _report_text(
     lines = [
         "# From video to a policy: what the demo did",
         "",
-        f"{preset.episodes} scripted episodes for each of {', '.join(preset.tiers)}; a latent-action quantiser learnt from "
-        "their frames alone, a vision-language model learnt its codes from one frame and the instruction, and a "
+        f"{preset.episodes} scripted episodes for each of {', '.join(preset.tiers)}; a latent-action quantiser learnt "
+        "from their frames alone, a vision-language model learnt its codes from one frame and the instruction, and a "
         "flow-matching expert on top of it learnt actions. "
         f"All steps together took {results['wall_s'] / 60:.1f} minutes.",
         "",
         "## Success on scenes never recorded",
         "",
-        f"{evaluated['episodes']} episodes a row. *Shuffled*: the words name another object of the same scene, success is "
-        "judged by the original task; a policy that listens fails then.",
+        f"{evaluated['episodes']} episodes a row. *Shuffled*: the words name another object of the same scene, success "
+        "is judged by the original task; a policy that listens fails then.",
         "",
         "| tier | policy | success |",
         "|---|---|---|",
@@ -159,8 +159,8 @@ def _report_text(
         "",
         *picture("reconstructions", "frame t, frame t+gap and its reconstruction"),
         *picture("code_usage", "how often each code is used"),
-        "How well a linear map from the codes predicts the robot's motion, on held-out episodes (R²; 1 is perfect). The "
-        "quantiser never saw an action.",
+        "How well a linear map from the codes predicts the robot's motion, on held-out episodes (R²; 1 is perfect). "
+        "The quantiser never saw an action.",
         "",
         "| codes of | R² |",
         "|---|---|",
@@ -171,8 +171,8 @@ def _report_text(
         *picture("action_probe", "action probe beside its controls"),
         "## Stage 2: codes from one frame and the instruction",
         "",
-        f"On held-out episodes {_percent(codes['code_accuracy'])} of the codes are right; the best constant prediction gets "
-        f"{_percent(codes['constant_accuracy'])}.",
+        f"On held-out episodes {_percent(codes['code_accuracy'])} of the codes are right; the best constant prediction "
+        f"gets {_percent(codes['constant_accuracy'])}.",
         "",
         *picture("stage2", "loss and code accuracy while training"),
         "## Stage 3: actions",

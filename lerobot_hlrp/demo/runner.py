@@ -41,7 +41,7 @@ class Step:
     resume: Callable[[], list[str] | None] = field(default=lambda: None)
 
 
-class StepFailed(RuntimeError):
+class StepError(RuntimeError):
     """A step's command ended with an error; its log says why."""
 
 
@@ -62,7 +62,7 @@ class StepRunner:
 
     def run_all(self, steps: list[Step]) -> None:
         """Raises:
-        StepFailed: a command failed.
+        StepError: a command failed.
         KeyboardInterrupt: the user interrupted; the finished steps keep.
         """
         for number, step in enumerate(steps, start=1):
@@ -110,7 +110,7 @@ class StepRunner:
             spent += time.perf_counter() - start
             write_json(self._marker(step), {"command": step.command, "done": code == 0, "wall_s": spent})
         if code != 0:
-            raise StepFailed(
+            raise StepError(
                 f"step '{step.name}': expected its command to succeed, got exit status {code}. "
                 f"Next step: read {self.log_path(step)}, then run the same demo command again; finished steps are kept."
             )
@@ -131,7 +131,7 @@ def run_logged(command: list[str], log: Path, *, append: bool = False) -> int:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
     program = shutil.which(command[0], path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if program is None:
-        raise StepFailed(f"expected the command {command[0]} to be installed, got none. Next step: pip install -e .")
+        raise StepError(f"expected the command {command[0]} to be installed, got none. Next step: pip install -e .")
     with log.open("ab" if append else "wb") as file:
         process = subprocess.Popen(
             [program, *command[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment

@@ -1,0 +1,247 @@
+"""The folder of a training run: checkpoints that appear whole, metrics as JSON lines, settings that must not change.
+
+    settings.json                     what the run was started with
+    metrics.jsonl                     one record a line
+    checkpoints/000500/               one checkpoint; what is in it is the run's own business
+    checkpoints/last                  link to the newest
+
+The same command run again continues from the newest checkpoint. Nothing in here knows what is trained, so that every
+stage can use it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+SETTINGS = "settings.json"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+LAST = "last"
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A scratch folder that is renamed to `folder` when the block ends well, and deleted when it does not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        scratch.chmod(0o755)
+        yield scratch
+        if folder.exists():
+            shutil.rmtree(folder)
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write under a temporary name, then rename."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    scratch.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+class RunFolder:
+    """A new run, or the continuation of one with the same settings.
+
+    Args:
+        folder: of the run.
+        settings: plain JSON; whatever decides the result of the run.
+        keep: how many checkpoints stay; 0 for all.
+
+    Raises:
+        ValueError: the folder holds a run with other settings, or files of something else.
+    """
+
+    def __init__(self, folder: str | Path, settings: dict[str, Any], *, keep: int = 0):
+        self.folder = Path(folder)
+        self.keep = keep
+        self._check(settings)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / SETTINGS, settings)
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        path = self.folder / SETTINGS
+        if path.is_file():
+            before, now = read_json(path), json.loads(json.dumps(settings))
+            differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+            if differing:
+                raise ValueError(
+                    f"{self.folder}: expected the settings with which its run was started ("
+                    f"{', '.join(f'{name}={before.get(name)!r}' for name in differing)}), got "
+                    f"{', '.join(f'{name}={now.get(name)!r}' for name in differing)}. Next step: repeat the command "
+                    "with the old settings to continue that run, or name another folder."
+                )
+        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise ValueError(
+                f"{self.folder}: expected a new or empty folder, or one with an earlier run, got something else. "
+                "Next step: name another folder."
+            )
+
+    @property
+    def last(self) -> Path:
+        """Link to the newest checkpoint."""
+        return self.folder / CHECKPOINTS / LAST
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint."""
+        done = self._checkpoints()
+        return done[-1] if done else None
+
+    def _checkpoints(self) -> list[Path]:
+        folder = self.folder / CHECKPOINTS
+        if not folder.is_dir():
+            return []
+        return sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+
+    @contextmanager
+    def new_checkpoint(self, step: int) -> Iterator[Path]:
+        """A scratch folder that becomes the newest checkpoint when the block ends well."""
+        target = self.folder / CHECKPOINTS / f"{step:06d}"
+        with new_folder(target) as scratch:
+            yield scratch
+        link = target.with_name(f".{LAST}.tmp")
+        link.unlink(missing_ok=True)
+        link.symlink_to(target.name)
+        link.replace(self.last)
+        for old in self._checkpoints()[: -self.keep] if self.keep else []:
+            shutil.rmtree(old)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one record to the metrics; it is on disk when this returns."""
+        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop the records of steps after `step`: a killed run measured them, and its continuation will again."""
+        path = self.folder / METRICS
+        if not path.is_file():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the last line of a run that was killed while writing it
+                continue
+            if record.get("step", 0) <= step:
+                kept.append(line + "\n")
+        scratch = path.with_name(f".{path.name}.tmp")
+        scratch.write_text("".join(kept), encoding="utf-8")
+        scratch.replace(path)
+
+
+# -- state of a training run as safetensors and JSON: no pickle --------------------------------------------------------
+
+
+def save_optimizer(optimizer: Optimizer, folder: Path) -> None:
+    """Write `optimizer.safetensors` and `optimizer.json`."""
+    state = optimizer.state_dict()
+    tensors, plain = {}, {}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}/{name}"] = value.cpu().contiguous()
+            else:
+                plain[f"{index}/{name}"] = value
+    save_file(tensors, folder / "optimizer.safetensors")
+    write_json(folder / "optimizer.json", {"param_groups": state["param_groups"], "state": plain})
+
+
+def load_optimizer(optimizer: Optimizer, folder: Path) -> None:
+    """Inverse of `save_optimizer`, for an optimizer of the same parameters."""
+    saved = read_json(folder / "optimizer.json")
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in {**load_file(folder / "optimizer.safetensors"), **saved["state"]}.items():
+        index, key = name.split("/", 1)
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+
+
+def capture_random_state() -> dict[str, Any]:
+    """The state of every global random generator: torch (all devices), numpy, Python."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - others may draw from it
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, keys.tolist(), position, has_gauss, gauss],  # type: ignore[union-attr]
+        "python": random.getstate(),
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Inverse of `capture_random_state`."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state(tuple(state["numpy"]))  # noqa: NPY002
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+
+
+def save_random_state(state: dict[str, Any], folder: Path, *, name: str = "random") -> None:
+    """Write `<name>.safetensors` and `<name>.json`."""
+    tensors = {"torch": state["torch"]} | {f"cuda/{i}": tensor for i, tensor in enumerate(state["cuda"])}
+    save_file(tensors, folder / f"{name}.safetensors")
+    write_json(folder / f"{name}.json", {"numpy": state["numpy"], "python": state["python"]})
+
+
+def load_random_state(folder: Path, *, name: str = "random") -> dict[str, Any]:
+    """Inverse of `save_random_state`."""
+    tensors = load_file(folder / f"{name}.safetensors")
+    return {
+        "torch": tensors.pop("torch"),
+        "cuda": [tensors[key] for key in sorted(tensors, key=lambda key: int(key.split("/")[1]))],
+        **read_json(folder / f"{name}.json"),
+    }
+
+
+class StopRequest:
+    """Turns the first interrupt (SIGINT, SIGTERM) within its block into `requested`, to be honoured between two steps.
+
+    The second one acts as usual.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._handlers[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread: there, interrupts are someone else's business
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.requested = True
+        self._restore()
+        os.write(2, b"\nStopping after this step; once more to stop at once.\n")

@@ -1,0 +1,199 @@
+"""Held-out code accuracy, by real decoding, beside the constant prediction that it must beat.
+
+Shape legend: B batch, S code positions, K codebook size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hlrp_core.codes.accuracy import CodeCounts
+from hlrp_core.contract import ActionBatch, BackendMode, FoundationBatch, VLABackend
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+
+
+@dataclass(frozen=True)
+class CodeEvaluation:
+    """How well codes are predicted. Shares are in [0, 1]; samples without valid codes do not count.
+
+    Args:
+        num_samples: evaluated.
+        code_accuracy: share of code positions predicted right, by real decoding.
+        constant_accuracy: the same for the constant prediction: at each position the code that is most frequent
+            in `constant_from`.
+        joint_accuracy: share of samples with all S codes right.
+        constant_joint_accuracy: the same for the constant prediction.
+        position_accuracy: `code_accuracy` of each of the S positions.
+        teacher_forced_accuracy: with the true codes before each position given.
+        loss: teacher-forced, as in training.
+        prediction_perplexity: 1 (always the same code) to K (all equally often), the mean over positions.
+        target_perplexity: the same of the labels.
+        unparsed: share of samples whose free decoding did not parse; they count as wrong.
+        constant_from: what the constant prediction was counted on: `training` or `evaluation`.
+    """
+
+    num_samples: int
+    code_accuracy: float
+    constant_accuracy: float
+    joint_accuracy: float
+    constant_joint_accuracy: float
+    position_accuracy: list[float]
+    teacher_forced_accuracy: float
+    loss: float
+    prediction_perplexity: float
+    target_perplexity: float
+    unparsed: float
+    constant_from: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def as_table(self) -> str:
+        """For a terminal."""
+        positions = " ".join(f"{100 * share:.1f}" for share in self.position_accuracy)
+        rows = [
+            ("samples", f"{self.num_samples}", ""),
+            ("code accuracy", f"{100 * self.code_accuracy:.1f}%", f"{100 * self.constant_accuracy:.1f}%"),
+            ("all codes right", f"{100 * self.joint_accuracy:.1f}%", f"{100 * self.constant_joint_accuracy:.1f}%"),
+            ("by position", f"{positions} %", ""),
+            ("teacher-forced accuracy", f"{100 * self.teacher_forced_accuracy:.1f}%", ""),
+            ("teacher-forced loss", f"{self.loss:.4f}", ""),
+            ("perplexity (labels)", f"{self.prediction_perplexity:.2f} ({self.target_perplexity:.2f})", "1.00"),
+        ]
+        if self.unparsed > 0:
+            rows.append(("did not parse", f"{100 * self.unparsed:.1f}%", ""))
+        width = max(len(value) for _, value, _ in rows)
+        lines = [f"{'':<24} {'predicted':>{width}}  constant (most frequent in {self.constant_from})"]
+        lines += [f"{name:<24} {value:>{width}}  {constant}".rstrip() for name, value, constant in rows]
+        return "\n".join(lines)
+
+
+def evaluate_codes(
+    backend: VLABackend,
+    batches: Iterable[FoundationBatch],
+    *,
+    training_counts: CodeCounts | None = None,
+    max_batches: int | None = None,
+    precision: AbstractContextManager | None = None,
+) -> CodeEvaluation:
+    """Decode codes for every labelled sample and compare them with the labels.
+
+    Args:
+        backend: predicts codes; its modes of training and evaluation are left as they were.
+        batches: labelled ones that it was not trained on.
+        training_counts: codes of the training data, from which the constant prediction is made. Without them it is
+            made from the evaluated labels themselves, the best that any constant could do.
+        max_batches: evaluate the first ones alone.
+        precision: a context for the computation, such as `torch.autocast(...)`.
+
+    Raises:
+        ValueError: no sample has a valid code.
+    """
+    predicted, forced, target, losses = [], [], [], []
+    with _evaluating(backend), precision or nullcontext():
+        for batch in islice(batches, max_batches):
+            mask = batch.codes_mask()
+            if not bool(mask.any()):
+                continue
+            assert batch.target_codes is not None
+            labelled = select(batch, mask)
+            output = backend.loss_from_batch(labelled, mode=BackendMode.CODES)
+            latent = backend.latent_from_batch(labelled, mode=BackendMode.CODES)
+            assert latent.tokens is not None and labelled.target_codes is not None
+            size = labelled.batch_size
+            losses.append((output.loss.item() * size, size))
+            forced.append((output.metrics.get("code_accuracy", float("nan")) * size, size))
+            predicted.append(latent.tokens.cpu())
+            target.append(labelled.target_codes.cpu())
+    if not target:
+        raise ValueError(
+            "batches: expected at least one sample with valid codes, got none. Next step: check that the labels cover "
+            "these episodes, and that episodes are longer than the frame gap."
+        )
+    codes, labels = torch.cat(predicted), torch.cat(target)  # (N, S)
+    counts = CodeCounts(backend.codebook_size, backend.code_seq_len)
+    counts.add(labels)
+    constant = (training_counts or counts).most_frequent  # (S,)
+    right = codes == labels
+    constant_right = constant == labels
+    return CodeEvaluation(
+        num_samples=len(labels),
+        code_accuracy=_share(right),
+        constant_accuracy=_share(constant_right),
+        joint_accuracy=_share(right.all(1)),
+        constant_joint_accuracy=_share(constant_right.all(1)),
+        position_accuracy=right.float().mean(0).tolist(),
+        teacher_forced_accuracy=_weighted_mean(forced),
+        loss=_weighted_mean(losses),
+        prediction_perplexity=mean_perplexity(codes[(codes >= 0).all(1)], backend.codebook_size),
+        target_perplexity=mean_perplexity(labels, backend.codebook_size),
+        unparsed=_share((codes < 0).any(1)),
+        constant_from="training" if training_counts is not None else "evaluation",
+    )
+
+
+def count_codes(
+    batches: Iterable[FoundationBatch], *, codebook_size: int, code_seq_len: int, max_batches: int | None = None
+) -> CodeCounts:
+    """Counts of the valid codes of some batches: what a constant prediction knows of the training data."""
+    counts = CodeCounts(codebook_size, code_seq_len)
+    for batch in islice(batches, max_batches):
+        mask = batch.codes_mask()
+        if batch.target_codes is not None and bool(mask.any()):
+            counts.add(batch.target_codes[mask.to(batch.target_codes.device)])
+    return counts
+
+
+def select(batch: FoundationBatch, mask: Tensor) -> FoundationBatch:
+    """The samples of `mask` `[B]` with what a code prediction sees and is compared with, and nothing else."""
+    assert batch.target_codes is not None
+    rows: list[int] = mask.nonzero().flatten().tolist()
+    frames, codes = batch.frames[rows, :1], batch.target_codes[rows]
+    instructions = [batch.instructions[row] for row in rows]
+    if isinstance(batch, ActionBatch):
+        views = {name: view[rows] for name, view in batch.views.items()}
+        return ActionBatch(frames, instructions, codes, views=views)
+    return FoundationBatch(frames, instructions, codes)
+
+
+def mean_perplexity(codes: Tensor, codebook_size: int) -> float:
+    """Perplexity of the codes `[N, S]` at each position, averaged over positions; NaN where N is 0."""
+    if len(codes) == 0:
+        return float("nan")
+    counts = CodeCounts(codebook_size, codes.shape[1])
+    counts.add(codes)
+    share = counts.counts.double() / len(codes)  # (S, K)
+    return torch.special.entr(share).sum(1).exp().mean().item()
+
+
+@contextmanager
+def _evaluating(backend: VLABackend) -> Iterator[None]:
+    """No gradient and eval mode; modules get their own modes back."""
+    modules = list(backend.modules()) if isinstance(backend, torch.nn.Module) else []
+    was_training = [module for module in modules if module.training]
+    for module in was_training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+def _share(right: Tensor) -> float:
+    return right.float().mean().item()
+
+
+def _weighted_mean(pairs: list[tuple[float, int]]) -> float:
+    return sum(value for value, _ in pairs) / sum(size for _, size in pairs)

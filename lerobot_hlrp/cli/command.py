@@ -1,0 +1,32 @@
+"""What all commands share: arguments in LeRobot's style, and errors that a person can read."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import draccus
+from draccus.utils import DecodingError
+
+
+def run_command[C](command: type[C], run: Callable[[C], Any], args: Sequence[str] | None = None) -> None:
+    """Parse the arguments and run; end the process with status 1, and one message, on an error of the user's.
+
+    `HLRP_DEBUG=1` shows the traceback as well. A run that returns an integer ends with that status.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        parsed = draccus.parse(command, args=args)
+        status = run(parsed)
+    except (ValueError, FileNotFoundError, DecodingError) as error:
+        if os.environ.get("HLRP_DEBUG"):
+            raise
+        print(f"error: {error}\n(HLRP_DEBUG=1 shows where)", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if isinstance(status, int) and status != 0:
+        sys.exit(status)

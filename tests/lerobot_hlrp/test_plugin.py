@@ -1,0 +1,60 @@
+"""LeRobot finds the package by itself, and no command waits for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+# Runs in a fresh process: what a LeRobot command does, with a stopwatch.
+PROBE = """
+import importlib, json, logging, sys, time
+logging.disable(logging.CRITICAL)
+command = importlib.import_module(sys.argv[1])
+before = set(sys.modules)
+start = time.perf_counter()
+import lerobot_policy_hlrp
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "new": sorted(set(sys.modules) - before)}), flush=True)
+if len(sys.argv) > 2:
+    del sys.argv[1]
+    command.main()
+"""
+
+
+def run_probe(*arguments: str) -> tuple[dict, str]:
+    """The stopwatch's report, and what the command printed."""
+    command = [sys.executable, "-c", PROBE, *arguments]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report, _, rest = done.stdout.partition("\n")
+    return json.loads(report), rest
+
+
+def assert_cheap(report: dict) -> None:
+    assert report["seconds"] < 0.5
+    heavy = ("transformers", "torchvision", "datasets", "lerobot.policies", "hlrp_core.backbones")
+    assert not [name for name in report["new"] if name.startswith(heavy)]
+
+
+def test_lerobot_train_knows_the_policy_types_by_itself():
+    flags = ["--help", "--policy.type=hlrp_qwen", "--env.type=hlrp_tabletop"]
+    report, words = run_probe("lerobot.scripts.lerobot_train", *flags)
+    assert_cheap(report)
+    assert "--env.instructions" in words
+    assert "--policy.action_episode_share" in words
+    assert "What is learned" in words  # fields carry their help
+
+
+def test_a_command_without_policies_pays_nothing():
+    report, _ = run_probe("lerobot.scripts.lerobot_calibrate")
+    assert_cheap(report)
+    assert not [name for name in report["new"] if name.startswith("lerobot.")]
+
+
+def test_the_module_that_lerobot_looks_for_imports_the_package():
+    import lerobot_policy_hlrp
+
+    assert lerobot_policy_hlrp.lerobot_hlrp.__name__ == "lerobot_hlrp"
