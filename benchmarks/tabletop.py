@@ -3,7 +3,8 @@
     python benchmarks/tabletop.py --episodes 500 --output outputs/tabletop.json
 
 Policies: the expert; the expert of the object that shuffled words name (what a policy that follows wrong words gets);
-a nearest-object policy that ignores the words; uniformly random actions.
+a nearest-object policy that ignores the words; one direction for ever; uniformly random actions.
+(The blind ones that push are told the place, not the object.)
 """
 
 import argparse
@@ -33,11 +34,14 @@ def go_to_nearest(env: TabletopEnv, _: np.random.Generator) -> np.ndarray:
     return expert_action(env.scene, replace(env.episode_task, target=int(distance.argmin())), MAX_STEP)
 
 
+ONE_DIRECTION = np.array([0.7, 0.7])  # start poses are random, so any will do
+
 POLICIES: dict[str, tuple[str, Policy]] = {
     "expert": ("true", lambda env, rng: env.expert_action()),
     "follows_shuffled_words": ("shuffled", follow_words),
     "nearest_object": ("none", go_to_nearest),
-    "random": ("true", lambda env, rng: rng.uniform(-1, 1, 2)),
+    "one_direction": ("none", lambda env, rng: ONE_DIRECTION),
+    "random": ("none", lambda env, rng: rng.uniform(-1, 1, 2)),
 }
 
 

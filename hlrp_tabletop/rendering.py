@@ -22,6 +22,7 @@ _WHITE = np.array((255, 255, 255), dtype=np.float32)
 _PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
 _PLACE_HALF = 0.27
 _OUTLINE = 0.022
+_SHADOW_OFFSET = np.array([0.02, -0.03])
 
 SignedDistance = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -60,7 +61,7 @@ class Renderer:
         """The table with its places, (size, size, 3) float32."""
         canvas = np.empty((self.size, self.size, 3), dtype=np.float32)
         canvas[:] = _RIM
-        self._fill(canvas, np.zeros(2), VIEW, _rounded_box(1.06, 1.06, 0.08), _TABLE)
+        self._fill(canvas, np.zeros(2), VIEW, _rounded_box(1.06, 1.06, 0.08), (0.0, _TABLE))
         for position, colour in zip(scene.place_positions, scene.place_colours, strict=True):
             self._draw_place(canvas, position, _PALETTE[colour])
         return canvas
@@ -73,27 +74,22 @@ class Renderer:
         return np.rint(canvas).astype(np.uint8)
 
     def _draw_place(self, canvas: np.ndarray, position: np.ndarray, colour: np.ndarray) -> None:
-        outer = _rounded_box(_PLACE_HALF, _PLACE_HALF, 0.06)
-        inner = _rounded_box(_PLACE_HALF - 0.05, _PLACE_HALF - 0.05, 0.03)
-        self._fill(canvas, position, _PLACE_HALF, outer, colour)
-        self._fill(canvas, position, _PLACE_HALF, inner, 0.30 * colour + 0.70 * _TABLE)
+        distance = _rounded_box(_PLACE_HALF, _PLACE_HALF, 0.06)
+        self._fill(canvas, position, _PLACE_HALF, distance, (0.0, colour), (0.05, 0.30 * colour + 0.70 * _TABLE))
 
     def _draw_object(
         self, canvas: np.ndarray, position: np.ndarray, colour: np.ndarray, distance: SignedDistance
     ) -> None:
         extent = 1.5 * OBJECT_RADIUS
-        shadow = position + np.array([0.02, -0.03])
-        self._fill(canvas, shadow, extent, distance, _INK, opacity=0.22, softness=0.03)
-        self._fill(canvas, position, extent, distance, 0.62 * colour)
-        self._fill(canvas, position, extent, lambda x, y: distance(x, y) + _OUTLINE, colour)
+        self._fill(canvas, position + _SHADOW_OFFSET, extent, distance, (0.0, _INK), opacity=0.22, softness=0.03)
+        self._fill(canvas, position, extent, distance, (0.0, 0.62 * colour), (_OUTLINE, colour))
 
     def _draw_gripper(self, image: np.ndarray, position: np.ndarray) -> None:
         """A dark ring with a dot in the middle, on a white halo that keeps it visible on any colour."""
         halo = GRIPPER_RADIUS + 0.022
-        self._fill(image, position, halo, _disc(halo), _WHITE)
-        self._fill(image, position, halo, _disc(GRIPPER_RADIUS), _INK)
-        self._fill(image, position, halo, _disc(GRIPPER_RADIUS - 0.03), _WHITE)
-        self._fill(image, position, halo, _disc(0.02), _INK)
+        rings = ((GRIPPER_RADIUS, _INK), (GRIPPER_RADIUS - 0.03, _WHITE), (0.02, _INK))
+        inner = [(halo - radius, colour) for radius, colour in rings]
+        self._fill(image, position, halo, _disc(halo), (0.0, _WHITE), *inner)
 
     def _fill(
         self,
@@ -101,20 +97,24 @@ class Renderer:
         centre: np.ndarray,
         extent: float,
         distance: SignedDistance,
-        colour: np.ndarray,
+        *layers: tuple[float, np.ndarray],
         opacity: float = 1.0,
         softness: float = 0.0,
     ) -> None:
-        """Blends `colour` into `image` (float or uint8), in place, where `distance` (from centre) is negative."""
+        """Blends layers into `image` (float or uint8), in place: each is (inset, colour), where colour covers what lies
+        deeper than `inset` inside the figure. `distance` takes coordinates from the centre, `extent` bounds the figure.
+        """
         reach = extent + softness + self._pixel
         columns = self._window(centre[0] + VIEW, reach)
         rows = self._window(VIEW - centre[1], reach)
-        patch = image[rows, columns]
         x = self._x[columns] - np.float32(centre[0])
         y = self._y[rows] - np.float32(centre[1])
-        edge = self._pixel + 2 * softness
-        cover = np.clip(0.5 - distance(x[None, :], y[:, None]) / edge, 0.0, opacity)[..., None]
-        blended = patch + cover * (colour - patch)
+        patch = image[rows, columns]
+        blended = patch
+        depth = 0.5 - distance(x[None, :], y[:, None])[..., None] / (self._pixel + 2 * softness)
+        for inset, colour in layers:
+            cover = np.clip(depth - inset / self._pixel, 0.0, opacity)
+            blended = blended + cover * (colour - blended)
         patch[...] = np.rint(blended) if image.dtype == np.uint8 else blended
 
     def _window(self, offset: float, reach: float) -> slice:

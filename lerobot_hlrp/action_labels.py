@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
-from lerobot.datasets.compute_stats import aggregate_stats
+from lerobot.datasets.compute_stats import aggregate_feature_stats
 from lerobot.utils.constants import ACTION, OBS_STATE
+
+from lerobot_hlrp.episode_statistics import read_episode_statistics
+from lerobot_hlrp.expectation import expect
 
 if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDatasetMetadata
@@ -60,9 +63,18 @@ def restrict_statistics(meta: LeRobotDatasetMetadata, episodes: Sequence[int]) -
     a loaded one.
     """
     keys = [key for key in (ACTION, OBS_STATE) if key in meta.features]
-    per_episode = _read_episode_statistics(meta, episodes, keys)
-    for key, statistics in aggregate_stats(per_episode).items():
-        meta.stats[key] = _widen(statistics)
+    per_episode = read_episode_statistics(meta, keys=keys, episodes=episodes)
+    complete = [of_episode for of_episode in per_episode.values() if set(of_episode) == set(keys)]
+    expect(
+        len(complete) == len(episodes),
+        f"dataset {meta.repo_id}",
+        f"statistics of {', '.join(keys)} for each of {len(episodes)} episodes",
+        f"those of {len(complete)}",
+        "Recompute the dataset's statistics with LeRobot.",
+    )
+    for key in keys:
+        arrays = [{name: np.atleast_1d(np.asarray(value)) for name, value in s[key].items()} for s in complete]
+        meta.stats[key] = _widen(aggregate_feature_stats(arrays))
 
 
 def _widen(statistics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -78,32 +90,6 @@ def _widen(statistics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             still = wide[high] - wide[low] < _STILL
             wide |= {low: wide[low] - 0.5 * still, high: wide[high] + 0.5 * still}
     return wide
-
-
-def _read_episode_statistics(
-    meta: LeRobotDatasetMetadata, episodes: Sequence[int], keys: Sequence[str]
-) -> list[dict[str, dict[str, np.ndarray]]]:
-    import pyarrow.dataset as pa_dataset
-
-    files = pa_dataset.dataset(meta.root / "meta" / "episodes", format="parquet")
-    columns = {name: name.split("/") for name in files.schema.names if name.startswith("stats/")}
-    columns = {name: parts for name, parts in columns.items() if parts[1] in keys}
-    missing = sorted(set(keys) - {parts[1] for parts in columns.values()})
-    chosen = pa_dataset.field("episode_index").isin(list(episodes))
-    rows = files.to_table(columns=["episode_index", *columns], filter=chosen).to_pylist()
-    if missing or len(rows) != len(episodes):
-        raise ValueError(
-            f"dataset {meta.repo_id}: expected statistics of every episode for {', '.join(keys)}, got "
-            f"{len(rows)} of {len(episodes)} episodes and none for {missing or 'no key'}. Next step: recompute the "
-            "dataset's statistics with LeRobot."
-        )
-    statistics: list[dict[str, dict[str, np.ndarray]]] = []
-    for row in rows:
-        of_episode: dict[str, dict[str, np.ndarray]] = {}
-        for name, (_, key, statistic) in columns.items():
-            of_episode.setdefault(key, {})[statistic] = np.atleast_1d(np.asarray(row[name]))
-        statistics.append(of_episode)
-    return statistics
 
 
 def check_statistics(

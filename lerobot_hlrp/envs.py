@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ class TabletopEnvConfig(EnvConfig):
     # Steps after which an episode ends without success; by default the tier's own number.
     episode_length: int | None = None
     # Follow `--eval.use_async_envs`. Off, all environments run in the calling process: a step takes a fraction of a
-    # millisecond, while every worker would first import torch for seconds.
+    # millisecond, while starting a worker takes seconds.
     worker_processes: bool = False
     features: dict[str, PolicyFeature] = field(
         default_factory=lambda: {
@@ -73,21 +74,23 @@ class TabletopEnvConfig(EnvConfig):
 
     def make_single(self, tier: str) -> TabletopEnv:
         """One environment of a tier."""
+        return self._factory(tier)()
+
+    def _factory(self, tier: str) -> Callable[[], TabletopEnv]:
         from hlrp_tabletop import TabletopEnv
 
-        return TabletopEnv(tier, **self.gym_kwargs)
+        return partial(TabletopEnv, tier, **self.gym_kwargs)
 
-    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, Any]]:
-        """`{tier: {0: vector environment}}`, frozen once their episode has ended, as LeRobot's own suites are."""
+    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, gym.vector.VectorEnv]]:
+        """`{tier: {0: vector environment}}`."""
         use_workers = use_async_envs and self.worker_processes and n_envs > 1
         return {tier: {0: self._create_vector_env(tier, n_envs, use_workers)} for tier in dict.fromkeys(self.tiers)}
 
-    def _create_vector_env(self, tier: str, n_envs: int, use_workers: bool) -> Any:
-        from lerobot.envs.utils import _LazyAsyncVectorEnv, freeze_after_episode_end
+    def _create_vector_env(self, tier: str, n_envs: int, use_workers: bool) -> gym.vector.VectorEnv:
+        from lerobot.envs.utils import freeze_after_episode_end
 
-        env_fns = [partial(self.make_single, tier)] * n_envs
-        if use_workers:
-            return _LazyAsyncVectorEnv(env_fns)
-        return gym.vector.SyncVectorEnv(
-            [freeze_after_episode_end(make) for make in env_fns], autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP
-        )
+        mode = gym.vector.AutoresetMode.NEXT_STEP
+        if use_workers:  # without LeRobot's wrapper, so that a worker needs no torch
+            return gym.vector.AsyncVectorEnv([self._factory(tier)] * n_envs, context="forkserver", autoreset_mode=mode)
+        frozen = freeze_after_episode_end(self._factory(tier))
+        return gym.vector.SyncVectorEnv([frozen] * n_envs, autoreset_mode=mode)

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from lerobot_hlrp.batch import Batch
 from lerobot_hlrp.expectation import expect
+from lerobot_hlrp.fingerprint import dataset_fingerprint
 
 if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDatasetMetadata
@@ -32,15 +34,17 @@ class LabelSource(Protocol):
 
     Attributes:
         title: what it is, for messages.
-        laq_id: name of the LAQ that made the labels, as far as it is known.
+        laq_id: name of the LAQ that made the labels.
         facts: what the source fixes about a policy that learns from it, by the names of the policy's settings.
+        span: frames from the first to the last that a label is made from.
     """
 
     title: str
     laq_id: str | None
     facts: dict[str, Any]
+    span: int
 
-    def check_dataset(self, meta: LeRobotDatasetMetadata) -> None:
+    def check_dataset(self, config: HLRPConfig, meta: LeRobotDatasetMetadata) -> None:
         """Raises:
         ValueError: the source is not of this dataset.
         """
@@ -61,29 +65,38 @@ class TableLabels:
     def __init__(self, table: CodeTable, path: str):
         self.table = table
         self.title = f"code table {path}"
-        self.laq_id = getattr(table, "laq_id", None)
-        self.facts = {
-            "codebook_size": table.codebook_size,
-            "code_seq_len": table.code_seq_len,
-            "frame_gap": table.frame_gap,
-            "laq_hash": table.laq_hash,
-        }
+        self.laq_id = table.laq_id
+        self.facts = _facts(table, table.laq_hash)
+        self.span = table.frame_gap * (table.header.num_frames - 1)
 
-    def check_dataset(self, meta: LeRobotDatasetMetadata) -> None:
-        raise NotImplementedError
+    def check_dataset(self, config: HLRPConfig, meta: LeRobotDatasetMetadata) -> None:
+        camera = self.table.header.camera
+        is_renamed = config.camera not in meta.features  # then --rename_map decides what this camera is
+        expect(
+            camera == config.camera or is_renamed,
+            "camera",
+            f"{config.camera}, which the policy sees",
+            f"{camera} in {self.title}",
+            "Set --policy.camera to the camera that was labelled, or label the other one.",
+        )
+        self.table.check_dataset(
+            dataset_id=meta.repo_id, fingerprint=dataset_fingerprint(meta), num_frames=meta.total_frames
+        )
 
     def label(self, batch: Batch, frames: Tensor) -> tuple[Tensor, Tensor]:
-        if batch.get("index") is None:
-            raise ValueError(
-                "index: expected the global frame index [B] in the batch, got none. Next step: pass batches of a "
-                "LeRobotDataset; the code table is looked up by it."
-            )
+        expect(
+            batch.get("index") is not None,
+            "index",
+            "the global frame index [B] in the batch, by which the code table is looked up",
+            None,
+            "Pass batches of a LeRobotDataset.",
+        )
         codes, valid = self.table.lookup(batch["index"].flatten().cpu())
         return codes.to(frames.device), valid.to(frames.device)
 
 
 class OnlineLabels:
-    """Labels of a frozen LAQ on the frame pairs of the batch.
+    """Labels of a frozen LAQ on the frames of the batch.
 
     It is no part of the policy's modules: its weights are neither trained nor saved with the policy.
     """
@@ -93,29 +106,30 @@ class OnlineLabels:
         self.camera = camera
         self.title = f"LAQ {name}"
         self.laq_id = Path(name).name if Path(name).is_dir() else name
-        self.facts = {
-            "codebook_size": laq.codebook_size,
-            "code_seq_len": laq.code_seq_len,
-            "frame_gap": laq.frame_gap,
-            "laq_hash": laq.weights_hash(),
-        }
+        self.facts = _facts(laq, laq.weights_hash())
+        self.num_frames = laq.config.num_frames
+        self.span = laq.frame_gap * (self.num_frames - 1)
 
-    def check_dataset(self, meta: LeRobotDatasetMetadata) -> None:
+    def check_dataset(self, config: HLRPConfig, meta: LeRobotDatasetMetadata) -> None:
         """A LAQ labels any dataset."""
 
     def label(self, batch: Batch, frames: Tensor) -> tuple[Tensor, Tensor]:
-        if frames.shape[1] < 2:
-            raise ValueError(
-                f"{self.camera}: expected frames t and t+{self.facts['frame_gap']} for {self.title}, got frame t "
-                "alone. Next step: build the dataset with the policy's observation_delta_indices, as lerobot-train "
-                "does."
-            )
-        self.laq.to(frames.device)
-        with torch.no_grad():
-            codes = self.laq.encode(frames)
+        expect(
+            frames.shape[1] == self.num_frames,
+            self.camera,
+            f"{self.num_frames} frames, {self.facts['frame_gap']} apart, for {self.title}",
+            f"{frames.shape[1]}",
+            "Build the dataset with the policy's observation_delta_indices, as lerobot-train does.",
+        )
+        codes = self.laq.to(frames.device).encode(frames)
         is_pad = batch.get(f"{self.camera}_is_pad")
         valid = torch.ones(len(frames), dtype=torch.bool) if is_pad is None else ~is_pad.any(1)
         return codes, valid.to(frames.device)
+
+
+def _facts(source: CodeTable | LatentActionQuantizer, laq_hash: str) -> dict[str, Any]:
+    sizes = {name: getattr(source, name) for name in ("codebook_size", "code_seq_len", "frame_gap")}
+    return {**sizes, "laq_hash": laq_hash}
 
 
 # Facts that may change between two runs of a policy, if the user says so.
@@ -143,23 +157,19 @@ def open_label_source(config: HLRPConfig, meta: LeRobotDatasetMetadata | None) -
             f"{value} from {source.title}",
             f"Use labels that fit{forget}.",
         )
+    for name, value in {**source.facts, "laq_id": source.laq_id}.items():
         setattr(config, name, value)
-    config.laq_id = source.laq_id or config.laq_id
     if meta is not None:
-        _check_frame_gap(source, meta)
-        source.check_dataset(meta)
+        longest = max(meta.episodes["length"])
+        expect(
+            source.span < longest,
+            "frame_gap",
+            f"labels that span less than {longest} frames, the length of the dataset's longest episode",
+            f"{source.span} from {source.title}",
+            "Use a LAQ with a smaller frame gap, or a dataset with longer episodes.",
+        )
+        source.check_dataset(config, meta)
     return source
-
-
-def _check_frame_gap(source: LabelSource, meta: LeRobotDatasetMetadata) -> None:
-    longest, gap = max(meta.episodes["length"]), source.facts["frame_gap"]
-    expect(
-        gap < longest,
-        "frame_gap",
-        f"less than {longest}, the length of the dataset's longest episode",
-        f"{gap} from {source.title}",
-        "Use a LAQ with a smaller frame gap, or a dataset with longer episodes.",
-    )
 
 
 def _open(config: HLRPConfig) -> LabelSource | None:
@@ -175,19 +185,26 @@ def _open(config: HLRPConfig) -> LabelSource | None:
     return None
 
 
-def resolve_frame_gap(config: HLRPConfig) -> int:
-    """The frame gap of an online LAQ, from its settings alone: LeRobot asks before the policy is built."""
-    assert config.laq is not None
-    if config.frame_gap is not None:
-        return config.frame_gap
-    return _read_frame_gap(config.laq)
+def read_frame_offsets(laq: str) -> list[int]:
+    """Where a LAQ wants its frames, relative to t. From its settings alone: LeRobot asks before the policy is built.
+
+    Raises:
+        ValueError: no LAQ there.
+    """
+    from hlrp_core.laq.config import LAQConfig
+
+    path = Path(laq) / "config.json" if Path(laq).is_dir() else _download_settings(laq)
+    expect(
+        path.is_file(),
+        "laq",
+        "folder or Hub id of a LAQ, with a config.json",
+        f"{laq}, which has none",
+        "Give the folder that hlrp-laq-train wrote.",
+    )
+    settings = LAQConfig(**json.loads(path.read_text(encoding="utf-8")))
+    return [settings.frame_gap * step for step in range(settings.num_frames)]
 
 
-@lru_cache(maxsize=8)
-def _read_frame_gap(laq: str) -> int:
-    folder = Path(laq)
-    if not folder.is_dir():
-        from huggingface_hub import hf_hub_download
-
-        folder = Path(hf_hub_download(laq, "config.json")).parent
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["frame_gap"]
+@lru_cache(maxsize=8)  # LeRobot asks once for every feature
+def _download_settings(laq: str) -> Path:
+    return Path(hf_hub_download(laq, "config.json"))

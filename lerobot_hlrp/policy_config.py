@@ -231,12 +231,12 @@ class HLRPConfig(PreTrainedConfig):
 
     @property
     def observation_delta_indices(self) -> list[int] | None:
-        """Frame t alone, or a pair for an online teacher. LeRobot applies this to every `observation.*` key."""
+        """Frame t alone, or those of an online teacher. LeRobot applies this to every `observation.*` key."""
         if self.laq is None or not self.needs_code_labels:
             return None  # the same frames as [0], decoded once instead of twice
-        from lerobot_hlrp.label_sources import resolve_frame_gap
+        from lerobot_hlrp.label_sources import read_frame_offsets
 
-        return [0, resolve_frame_gap(self)]
+        return read_frame_offsets(self.laq)
 
     @property
     def action_delta_indices(self) -> list[int] | None:

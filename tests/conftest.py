@@ -30,6 +30,7 @@ def write_dataset(
     image_size: int = 32,
     state_dim: int = 3,
     action_dim: int = 2,
+    seed: int = 0,
 ) -> Path:
     """A LeRobotDataset of four short episodes and two tasks. Actions and states grow with the episode's number.
 
@@ -44,7 +45,7 @@ def write_dataset(
     vectors = {name: dim for name, dim in (("observation.state", state_dim), ("action", action_dim)) if dim}
     features |= {name: {"dtype": "float32", "shape": (dim,), "names": None} for name, dim in vectors.items()}
     dataset = LeRobotDataset.create("test/tiny", fps=10, features=features, root=root, use_videos=False)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for episode, length in enumerate(EPISODE_LENGTHS):
         for _ in range(length):
             frame: dict = {key: rng.integers(0, 256, shape, dtype=np.uint8) for key in cameras}
@@ -54,6 +55,11 @@ def write_dataset(
         dataset.save_episode()
     dataset.finalize()
     return root
+
+
+@pytest.fixture(scope="session")
+def make_dataset() -> Callable[..., Path]:
+    return write_dataset
 
 
 @pytest.fixture(scope="session")
@@ -115,6 +121,48 @@ def tiny_backbone(tmp_path_factory: pytest.TempPathFactory, tiny_qwen: Path) -> 
     return get
 
 
+@pytest.fixture(scope="session")
+def tiny_laq(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an untrained LAQ with K=8, S=4 and a frame gap of 3."""
+    import torch
+
+    from hlrp_core.laq.config import LAQConfig
+    from hlrp_core.laq.quantizer import LatentActionQuantizer
+
+    torch.manual_seed(0)
+    config = LAQConfig(codebook_size=8, code_seq_len=4, frame_gap=3, image_size=32, hidden_dim=16, num_layers=1)
+    folder = tmp_path_factory.mktemp("laq") / "tiny-laq"
+    LatentActionQuantizer(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def code_table(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A code table of a dataset, with codes that follow from the frame index. K=8, S=4, a frame gap of 3."""
+
+    def write(root: Path, **header) -> Path:
+        import torch
+        from lerobot.datasets import LeRobotDatasetMetadata
+
+        from hlrp_core.laq.code_table import CodeTable, CodeTableHeader
+        from lerobot_hlrp.fingerprint import dataset_fingerprint
+
+        meta = LeRobotDatasetMetadata("test/tiny", root=root)
+        camera = next(key for key, feature in meta.features.items() if feature["dtype"] == "image")
+        facts = {"camera": camera, "frame_gap": 3, "num_frames": 2, "code_seq_len": 4, "codebook_size": 8}
+        facts |= {"dataset_id": "test/tiny", "dataset_fingerprint": dataset_fingerprint(meta)}
+        facts |= {"laq_id": "user/laq", "laq_hash": "hash-of-a-laq", **header}
+        frames = torch.arange(meta.total_frames)
+        codes = (frames[:, None] + torch.arange(facts["code_seq_len"])) % facts["codebook_size"]
+        ends = torch.tensor(meta.episodes["dataset_to_index"])
+        last = ends[torch.searchsorted(ends, frames, right=True)]  # of each frame's episode, exclusive
+        path = tmp_path_factory.mktemp("codes") / "table.safetensors"
+        CodeTable(codes, frames + facts["frame_gap"] < last, CodeTableHeader(**facts)).save(path)
+        return path
+
+    return write
+
+
 class ListedLabels:
     """Labels that a test chooses, for every batch the same."""
 
@@ -128,7 +176,7 @@ class ListedLabels:
         self.valid = torch.ones(len(self.codes), dtype=torch.bool) if valid is None else torch.as_tensor(valid)
         self.facts = {"codebook_size": codebook_size, "code_seq_len": self.codes.shape[1]}
 
-    def check_dataset(self, meta) -> None: ...
+    def check_dataset(self, config, meta) -> None: ...
 
     def label(self, batch, frames):
         return self.codes.to(frames.device), self.valid.to(frames.device)
@@ -214,9 +262,36 @@ def make_tiny_backend(tiny_backbone: Callable[[str], Path]) -> Callable:
                 kind=head, code_conditioning=conditioning, num_flow_steps=3, **sizes
             )
         torch.manual_seed(seed)
-        settings = {"backbone": tiny_backbone(get_recipe(name).family), "codebook_size": 8, "code_seq_len": 4, **settings}
+        settings = {
+            "backbone": tiny_backbone(get_recipe(name).family),
+            "codebook_size": 8,
+            "code_seq_len": 4,
+            **settings,
+        }
         backend = make_backend(name, **settings)
         backend.setup(device=torch.device("cpu"))
         return backend
 
     return make
+
+
+@pytest.fixture(scope="session")
+def real_processor() -> Callable[[str], Path]:
+    """Folder of a published processor, from `shared/assets` beside the repository; the test skips without it."""
+
+    def get(name: str) -> Path:
+        folder = Path(__file__).parents[2] / "shared" / "assets" / name
+        if not folder.is_dir():
+            pytest.skip(f"needs the processor files of {name} in ../shared/assets/{name}")
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def real_qwen(tmp_path_factory: pytest.TempPathFactory, real_processor: Callable[[str], Path]) -> Path:
+    """Folder of a tiny random Qwen3-VL with the published processor and its whole vocabulary."""
+    from hlrp_core.backbones.random_checkpoint import write_random_checkpoint
+
+    folder = tmp_path_factory.mktemp("backbone") / "real-qwen"
+    return write_random_checkpoint(folder, processor=real_processor("qwen3_vl"))

@@ -32,7 +32,8 @@ def build_core(folder: str | Path, *, family: str, image_size: int | None = None
     """A core of the architecture and processor in `folder`, without weights: for loading a saved backend."""
     config = _load_config(folder, family)
     model_class = getattr(transformers, CORES[family].model_class)
-    model = model_class(config).to(_dtype(dtype))
+    # not `.to(dtype)`: that would round buffers such as rotary frequencies, which `from_pretrained` keeps in float32
+    model = model_class._from_config(config, dtype=_dtype(dtype))
     processor = AutoProcessor.from_pretrained(folder)
     return CORES[family](model, processor, image_size=image_size)  # type: ignore[call-arg]
 

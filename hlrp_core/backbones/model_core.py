@@ -239,6 +239,7 @@ class ModelCore(nn.Module, abc.ABC):
         embedding = self.model.get_input_embeddings()
         if needed > embedding.weight.shape[0]:  # type: ignore[operator]
             self.model.resize_token_embeddings(needed, mean_resizing=False)
+            self.lm_head.out_features = self.lm_head.weight.shape[0]  # transformers forgets it where tables are tied
         tables = {id(m.weight): m.weight for m in (self.model.get_input_embeddings(), self.lm_head)}  # tied: one
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

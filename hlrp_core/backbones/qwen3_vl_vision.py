@@ -31,14 +31,14 @@ def cache_grid_tables(visual: Qwen3VLVisionModel) -> None:
 
 
 class CachedGridVisionModel(Qwen3VLVisionModel):
-    """Computes a grid's tables once per grid, size and device."""
+    """Computes a grid's tables once per grid, precision and device."""
 
     _grid_tables: dict[tuple, tuple[Tensor, ...]]
 
     def rot_pos_emb(self, grid_thw: Tensor) -> Tensor:
         """`[G, rotary width]`."""
         grids = tuple(map(tuple, grid_thw.tolist()))
-        key = ("rotary", grids, str(grid_thw.device))
+        key = ("rotary", grids, str(grid_thw.device), self.rotary_pos_emb.inv_freq.dtype)
         if key not in self._grid_tables:
             with torch.no_grad():
                 self._remember(key, (super().rot_pos_emb(grid_thw),))

@@ -47,4 +47,5 @@ class CodeTokenHead(CodeHead):
         *,
         encoding: BackboneEncoding | None = None,
     ) -> LatentOutput:
+        core.check_length(inputs.tokens.ids.shape[1] + self.vocabulary.completion_len)
         return self.decoder.decode(core, inputs, sampling, encoding=encoding)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 from pathlib import Path
 from typing import Protocol
@@ -59,6 +60,7 @@ class PngFolder:
 
     def encode(self, path: Path, fps: int) -> None:
         """Writes the video; `path` may have any suffix."""
+        os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder reports every parameter unless told to report errors
         video = self.folder / "segment.mp4"
         encode_video_frames(self.folder, video, fps, overwrite=True)
         shutil.move(video, path)

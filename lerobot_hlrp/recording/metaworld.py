@@ -53,7 +53,7 @@ def make_expert_envs(tasks: str, gym_kwargs: dict[str, Any]) -> tuple[list[str],
                 f"--env.task: expected a Meta-World task ({', '.join(sorted(TASK_DESCRIPTIONS))}) or a difficulty "
                 f"group ({', '.join(DIFFICULTY_TO_TASKS)}), got {name!r}."
             )
-    envs = [MetaworldExpertEnv(task=name, **gym_kwargs) for name in names]
+    envs: list[ExpertEnv] = [MetaworldExpertEnv(task=name, **gym_kwargs) for name in names]
     try:
         envs[0].reset(seed=0)
     except Exception as error:  # MuJoCo's and OpenGL's own errors have no common class

@@ -181,17 +181,19 @@ def test_a_head_cannot_change_under_its_weights():
 # -- what LeRobot asks ----------------------------------------------------------------------------------------------
 
 
-def test_delta_indices_follow_mode_and_labels():
+def test_delta_indices_follow_mode_and_labels(tiny_laq):
     codes = HLRPQwenConfig(codes="table", chunk_size=4, n_action_steps=2)
     assert codes.observation_delta_indices is None
     assert codes.action_delta_indices is None
-    online = replace(codes, codes=None, laq="somewhere", frame_gap=5)
-    assert online.observation_delta_indices == [0, 5]
+    online = replace(codes, codes=None, laq=str(tiny_laq))
+    assert online.observation_delta_indices == [0, 3]
     assert replace(online, mode="multitask").action_delta_indices == [0, 1, 2, 3]
     assert replace(online, mode="actions").observation_delta_indices is None  # no teacher is asked
     conditioned = replace(online, mode="actions", action_head="mlp", code_source="teacher")
-    assert conditioned.observation_delta_indices == [0, 5]
-    assert (online.drop_n_last_frames, conditioned.drop_n_last_frames) == (5, 0)
+    assert conditioned.observation_delta_indices == [0, 3]
+    assert [replace(c, frame_gap=5).drop_n_last_frames for c in (online, conditioned)] == [5, 0]
+    with pytest.raises(ValueError, match=r"laq: expected folder or Hub id.*config\.json"):
+        _ = replace(online, laq=str(tiny_laq.parent)).observation_delta_indices
 
 
 def test_the_schedule_ends_with_the_run_unless_told_otherwise():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stage_two(lerobot_train: Callable, tiny_qwen: Path, tiny_videos: Path, code_table: Callable, runs: Path) -> Path:
+def table(code_table: Callable) -> Callable[[Path], Path]:
+    return cache(code_table)
+
+
+@pytest.fixture(scope="module")
+def stage_two(lerobot_train: Callable, tiny_qwen: Path, tiny_videos: Path, table: Callable, runs: Path) -> Path:
     """A policy of codes, trained on action-free video with a code table."""
     flags = ["--policy.type=hlrp_qwen", "--policy.mode=codes", f"--policy.backbone={tiny_qwen}"]
-    return lerobot_train(*flags, f"--policy.codes={code_table(tiny_videos)}", root=tiny_videos, output=runs / "codes")
+    return lerobot_train(*flags, f"--policy.codes={table(tiny_videos)}", root=tiny_videos, output=runs / "codes")
 
 
 def expected_statistics(root: Path, episodes: list[int], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -50,13 +56,13 @@ def assert_statistics_of(folder: Path, root: Path, episodes: list[int]) -> None:
 
 
 def test_stage_two_reports_accuracy_beside_the_constant_prediction(
-    lerobot_train, tiny_qwen, tiny_dataset, code_table, tmp_path, capfd
+    lerobot_train, tiny_qwen, tiny_dataset, table, tmp_path, capfd
 ):
     folder = lerobot_train(
         "--policy.type=hlrp_qwen",
         "--policy.prompting=plain",
         f"--policy.backbone={tiny_qwen}",
-        f"--policy.codes={code_table(tiny_dataset)}",
+        f"--policy.codes={table(tiny_dataset)}",
         "--dataset.eval_split=0.25",
         "--eval_steps=1",
         root=tiny_dataset,
@@ -66,8 +72,8 @@ def test_stage_two_reports_accuracy_beside_the_constant_prediction(
     for word in ("codes_loss:", "code_accuracy:", "constant_accuracy:", "eval_loss="):
         assert word in log
     saved = (folder / "config.json").read_text()
-    assert str(code_table(tiny_dataset)) not in saved
-    assert str(code_table(tiny_dataset)) in (folder / "train_config.json").read_text()  # for resuming
+    assert str(table(tiny_dataset)) not in saved
+    assert str(table(tiny_dataset)) in (folder / "train_config.json").read_text()  # for resuming
     manifest = json.loads((folder / "hlrp.json").read_text())
     assert manifest["extra"]["laq"]["hash"] == json.loads(saved)["laq_hash"]
     assert manifest["extra"]["laq"]["hash"] is not None
@@ -104,12 +110,12 @@ def test_stage_three_from_a_stage_two_without_actions(head, lerobot_train, stage
 
 
 @pytest.fixture(scope="module")
-def multitask(lerobot_train: Callable, stage_two: Path, tiny_dataset: Path, code_table: Callable, runs: Path) -> Path:
+def multitask(lerobot_train: Callable, stage_two: Path, tiny_dataset: Path, table: Callable, runs: Path) -> Path:
     return lerobot_train(
         f"--policy.path={stage_two}",
         "--policy.mode=multitask",
         "--policy.action_head=prefix_flow",
-        f"--policy.codes={code_table(tiny_dataset)}",
+        f"--policy.codes={table(tiny_dataset)}",
         "--policy.action_episode_share=0.5",
         "--policy.action_episode_seed=3",
         "--policy.backbone_lr_multiplier=0.1",
@@ -117,6 +123,21 @@ def multitask(lerobot_train: Callable, stage_two: Path, tiny_dataset: Path, code
         root=tiny_dataset,
         output=runs / "multitask",
     )
+
+
+def test_codes_of_an_online_teacher(lerobot_train, tiny_qwen, tiny_laq, tiny_videos, table, tmp_path, capfd):
+    flags = ["--policy.type=hlrp_qwen", f"--policy.backbone={tiny_qwen}", f"--policy.laq={tiny_laq}"]
+    folder = lerobot_train(*flags, root=tiny_videos, output=tmp_path / "run")
+    assert "code_accuracy:" in capfd.readouterr().err
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["laq"], config["laq_id"], config["frame_gap"], config["codebook_size"]) == (None, "tiny-laq", 3, 8)
+    with pytest.raises(ValueError, match=r"laq_hash: expected .* got hash-of-a-laq"):
+        lerobot_train(
+            f"--policy.path={folder}",
+            f"--policy.codes={table(tiny_videos)}",  # of another LAQ: its codes mean other things
+            root=tiny_videos,
+            output=tmp_path / "other",
+        )
 
 
 def chosen_episodes(folder: Path) -> list[int]:
@@ -161,24 +182,22 @@ def test_actions_without_any_stage_two(lerobot_train, tiny_qwen, tiny_dataset, t
     assert_statistics_of(folder, tiny_dataset, [0, 1, 2, 3])
 
 
-def test_a_policy_with_actions_can_go_on_with_codes_of_video(
-    lerobot_train, multitask, tiny_videos, code_table, tmp_path
-):
+def test_a_policy_with_actions_can_go_on_with_codes_of_video(lerobot_train, multitask, tiny_videos, table, tmp_path):
     folder = lerobot_train(
         f"--policy.path={multitask}",
         "--policy.mode=codes",
-        f"--policy.codes={code_table(tiny_videos)}",
+        f"--policy.codes={table(tiny_videos)}",
         root=tiny_videos,
         output=tmp_path / "run",
     )
     assert HLRPQwenPolicy.from_pretrained(folder).backend.action_head is not None
 
 
-def test_low_rank_adapters_carry_head_and_code_tokens(lerobot_train, multitask, tiny_dataset, code_table, tmp_path):
+def test_low_rank_adapters_carry_head_and_code_tokens(lerobot_train, multitask, tiny_dataset, table, tmp_path):
     peft = pytest.importorskip("peft")
     folder = lerobot_train(
         f"--policy.path={multitask}",
-        f"--policy.codes={code_table(tiny_dataset)}",
+        f"--policy.codes={table(tiny_dataset)}",
         "--peft.r=4",
         root=tiny_dataset,
         output=tmp_path / "run",
@@ -203,8 +222,8 @@ def test_actions_need_a_dataset_with_actions(lerobot_train, stage_two, tiny_vide
         lerobot_train(*flags, root=tiny_videos, output=tmp_path / "run")
 
 
-def test_a_checkpoint_keeps_its_backbone(lerobot_train, stage_two, tiny_videos, code_table, tmp_path):
-    flags = [f"--policy.path={stage_two}", f"--policy.codes={code_table(tiny_videos)}", "--policy.backbone=other/model"]
+def test_a_checkpoint_keeps_its_backbone(lerobot_train, stage_two, tiny_videos, table, tmp_path):
+    flags = [f"--policy.path={stage_two}", f"--policy.codes={table(tiny_videos)}", "--policy.backbone=other/model"]
     with pytest.raises(ValueError, match=r"tiny-qwen.*other/model"):
         lerobot_train(*flags, root=tiny_videos, output=tmp_path / "run")
 

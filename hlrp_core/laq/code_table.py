@@ -1,0 +1,148 @@
+"""A code table: the codes of every frame of one dataset, in one safetensors file.
+
+    codes [N, S] int16/int32, valid [N] bool     by global frame index
+    header: JSON with the dataset's id and fingerprint, Δ, T, S, K, and the LAQ's id and hash
+
+A frame whose pair would cross the end of its episode is not valid and never supervises.
+
+Shape legend: N frames of the dataset, B lookups, S codes of a label, K codebook size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class CodeTableHeader:
+    """Where a table comes from.
+
+    Args:
+        dataset_id: name of the dataset, for people.
+        dataset_fingerprint: of its contents; decides whether a table fits.
+        camera: whose frames the LAQ saw.
+        frame_gap: Δ in frames.
+        num_frames: T.
+        code_seq_len: codes of a label, (T-1)*S of the LAQ.
+        codebook_size: K.
+        laq_id, laq_hash: which LAQ.
+    """
+
+    dataset_id: str
+    dataset_fingerprint: str
+    camera: str
+    frame_gap: int
+    num_frames: int
+    code_seq_len: int
+    codebook_size: int
+    laq_id: str
+    laq_hash: str
+    schema_version: int = SCHEMA_VERSION
+
+
+class CodeTable:
+    """Codes by global frame index.
+
+    Args:
+        codes: `[N, S]` integers; anything where `valid` is False.
+        valid: `[N]` bool.
+        header: where they come from.
+    """
+
+    def __init__(self, codes: Tensor, valid: Tensor, header: CodeTableHeader):
+        if codes.ndim != 2 or codes.shape[1] != header.code_seq_len or valid.shape != codes.shape[:1]:
+            raise ValueError(
+                f"code table: expected codes [N, {header.code_seq_len}] and valid [N], got {tuple(codes.shape)} and "
+                f"{tuple(valid.shape)}"
+            )
+        self.codes = codes
+        self.valid = valid
+        self.header = header
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @property
+    def codebook_size(self) -> int:
+        return self.header.codebook_size
+
+    @property
+    def code_seq_len(self) -> int:
+        return self.header.code_seq_len
+
+    @property
+    def frame_gap(self) -> int:
+        return self.header.frame_gap
+
+    @property
+    def laq_id(self) -> str:
+        return self.header.laq_id
+
+    @property
+    def laq_hash(self) -> str:
+        return self.header.laq_hash
+
+    def lookup(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes `[B, S]` long and valid `[B]` bool of global frame indices `[B]`.
+
+        Raises:
+            ValueError: an index outside the table.
+        """
+        if len(indices) and not (int(indices.min()) >= 0 and int(indices.max()) < len(self)):
+            raise ValueError(
+                f"code table: expected frame indices in [0, {len(self)}), got {int(indices.min())} to "
+                f"{int(indices.max())}. Next step: label this dataset with hlrp-label."
+            )
+        return self.codes[indices].long(), self.valid[indices]
+
+    def check_dataset(self, *, dataset_id: str, fingerprint: str, num_frames: int) -> None:
+        """Raises:
+        ValueError: the table is of another dataset; both are named.
+        """
+        header = self.header
+        if len(self) != num_frames or header.dataset_fingerprint != fingerprint:
+            raise ValueError(
+                f"code table: expected one of the dataset {dataset_id} ({num_frames} frames, fingerprint "
+                f"{fingerprint[:12]}), got one of {header.dataset_id} ({len(self)} frames, fingerprint "
+                f"{header.dataset_fingerprint[:12]}). Next step: label this dataset with hlrp-label."
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write the file under a temporary name, then rename it."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        dtype = torch.int16 if self.codebook_size <= 2**15 else torch.int32
+        tensors = {"codes": self.codes.to(dtype).contiguous(), "valid": self.valid.contiguous()}
+        save_file(tensors, scratch, metadata={"header": json.dumps(asdict(self.header))})
+        scratch.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> CodeTable:
+        """Raises:
+        ValueError: no such file, another kind of file, or another schema.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(
+                f"code table: expected a file, got {path}, which is none. Next step: make it with hlrp-label."
+            )
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("header", "null"))
+            if header is None or header.get("schema_version") != SCHEMA_VERSION:
+                got = "a file without its header" if header is None else f"schema {header.get('schema_version')}"
+                raise ValueError(
+                    f"code table: expected one of schema {SCHEMA_VERSION} in {path}, got {got}. "
+                    "Next step: label the dataset anew with hlrp-label."
+                )
+            return cls(file.get_tensor("codes"), file.get_tensor("valid"), CodeTableHeader(**header))

@@ -1,0 +1,81 @@
+"""What the codes are worth: use of the codebook, reconstruction against the copy baseline, and the action probe.
+
+Shape legend: N pairs, S code positions, K codebook size, A action width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class CodebookCollapseError(ValueError):
+    """Nearly all pairs get the same codes: the labels would say nothing."""
+
+
+@dataclass(frozen=True)
+class CodebookUse:
+    """Args:
+    counts: `[S, K]` how often each code stood at each position.
+    perplexity: mean over positions of exp(entropy): codes in effective use, between 1 and K.
+    used_share: share of the S * K entries that occurred at all.
+    """
+
+    counts: Tensor
+    perplexity: float
+    used_share: float
+
+
+def measure_codebook_use(codes: Tensor, codebook_size: int) -> CodebookUse:
+    """Use of the codebook by codes `[N, S]`."""
+    counts = F.one_hot(codes.long(), codebook_size).sum(0)  # (S, K)
+    shares = counts / counts.sum(1, keepdim=True)
+    entropy = -torch.special.xlogy(shares, shares).sum(1)  # (S,)
+    return CodebookUse(counts, entropy.exp().mean().item(), (counts > 0).float().mean().item())
+
+
+def check_no_collapse(use: CodebookUse, codebook_size: int) -> None:
+    """Raises:
+    CodebookCollapseError: the codes carry next to nothing.
+    """
+    if use.perplexity < 1.05:
+        raise CodebookCollapseError(
+            f"codebook: expected codes that tell transitions apart, got a perplexity of {use.perplexity:.2f} of "
+            f"{codebook_size}: the codes have collapsed. Next step: use laq.quantizer=fsq, a larger frame_gap (so that "
+            "something moves), a smaller learning rate, or more steps."
+        )
+
+
+def one_hot_features(codes: Tensor, codebook_size: int) -> Tensor:
+    """Codes `[N, S]` -> `[N, S * K + 1]` float64, the last column a constant."""
+    features = F.one_hot(codes.long(), codebook_size).flatten(1).double()
+    return torch.cat([features, torch.ones(len(codes), 1, dtype=torch.float64)], dim=1)
+
+
+def action_probe_r2(
+    train_codes: Tensor, train_motion: Tensor, test_codes: Tensor, test_motion: Tensor, *, codebook_size: int
+) -> float:
+    """R² on the test pairs of a ridge regression from one-hot codes to motion, its penalty 1e-3 per sample.
+
+    Args:
+        train_codes, test_codes: `[N, S]`.
+        train_motion, test_motion: `[N, A]`: each pair's actions summed over the gap, normalised.
+
+    Returns:
+        1 minus the residual's share of the variance, over all action dimensions; below 0 is worse than the mean.
+    """
+    x, y = one_hot_features(train_codes, codebook_size), train_motion.double()
+    penalty = 1e-3 * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
+    penalty[-1, -1] = 0  # the constant is free
+    weights = torch.linalg.lstsq(x.T @ x + penalty, x.T @ y, driver="gelsd").solution
+    target = test_motion.double()
+    residual = (target - one_hot_features(test_codes, codebook_size) @ weights).square().sum()
+    return 1 - (residual / (target - target.mean(0)).square().sum()).item()
+
+
+def psnr_gain_db(reconstruction_error: float, copy_error: float) -> float:
+    """How many dB the reconstruction is better than a copy of frame t, from the two mean squared errors."""
+    return 10 * torch.log10(torch.tensor(copy_error / max(reconstruction_error, 1e-12))).item()

@@ -1,0 +1,71 @@
+"""hlrp-label: the codes of every frame of a dataset, as one file.
+
+    hlrp-label --laq=outputs/laq --dataset.repo_id=user/videos --dataset.root=data/videos --output=codes.safetensors
+
+`lerobot-train --policy.codes=codes.safetensors` learns from it. The same command again continues a run that was
+interrupted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lerobot.configs.default import DatasetConfig
+
+from lerobot_hlrp.cli.command import run_command
+
+
+@dataclass(kw_only=True)
+class LabelCommand:
+    # Folder or Hub id of the LAQ.
+    laq: str
+    # The data to label.
+    dataset: DatasetConfig
+    # The file to write.
+    output: Path
+    # Camera whose frames are labelled. By default the only one.
+    camera: str | None = None
+    # Frame pairs at once.
+    batch_size: int = 64
+    # By default the best there is; `cpu` is the other choice.
+    device: str | None = None
+
+
+def label(command: LabelCommand) -> int:
+    """Exit status: 0, or 130 when interrupted."""
+    from lerobot.datasets import LeRobotDataset
+    from lerobot.utils.device_utils import auto_select_torch_device
+
+    from hlrp_core.laq.probes import measure_codebook_use
+    from hlrp_core.laq.quantizer import LatentActionQuantizer
+    from lerobot_hlrp.frame_reader import choose_camera
+    from lerobot_hlrp.labelling import label_dataset
+
+    dataset = LeRobotDataset(command.dataset.repo_id, root=command.dataset.root)
+    laq = LatentActionQuantizer.from_pretrained(command.laq)
+    laq.to(command.device or auto_select_torch_device())
+    table = label_dataset(
+        laq,
+        dataset,
+        camera=choose_camera(dataset.meta, command.camera),
+        laq_id=Path(command.laq).name if Path(command.laq).is_dir() else command.laq,
+        output=command.output,
+        batch_size=command.batch_size,
+    )
+    if table is None:
+        return 130
+    use = measure_codebook_use(table.codes[table.valid], table.codebook_size)
+    print(
+        f"{int(table.valid.sum())} of {len(table)} frames labelled (the others have no frame t+{table.frame_gap} in their "
+        f"episode); perplexity {use.perplexity:.2f} of {table.codebook_size}\nThe code table: {command.output}"
+    )
+    return 0
+
+
+def main() -> None:
+    run_command(LabelCommand, label)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Frames of one camera, episode by episode, each decoded once: what stage 1 reads.
+
+`read_episode_frames` is the fast way; `read_frame` goes through LeRobot's own items and is the slow twin that the tests
+hold it equal to.
+
+Shape legend: n frames of an episode, H W image size, A action width.
+"""
+
+from __future__ import annotations
+
+import io
+from concurrent.futures import ThreadPoolExecutor
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lerobot.utils.constants import ACTION
+from PIL import Image
+
+from lerobot_hlrp.batch import to_frames
+from lerobot_hlrp.expectation import expect
+
+if TYPE_CHECKING:
+    from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
+
+
+def choose_camera(meta: LeRobotDatasetMetadata, camera: str | None) -> str:
+    """The named camera's key, or the only one's.
+
+    Raises:
+        ValueError: no camera, several without a choice, or none of that name; the cameras there are named.
+    """
+    cameras = list(meta.camera_keys)
+    listed = ", ".join(cameras) or "none"
+    expect(bool(cameras), "camera", "a dataset with images or video", f"one without ({meta.repo_id})", "Use another.")
+    if camera is None:
+        expect(len(cameras) == 1, "camera", "a choice among several cameras", listed, f"Set --camera={cameras[0]}.")
+        return cameras[0]
+    by_name = {name: key for key in cameras for name in (key, key.removeprefix("observation.images."))}
+    close = get_close_matches(camera, by_name, n=1, cutoff=0.0)
+    expect(camera in by_name, "camera", f"one of {listed}", camera, f"Did you mean --camera={close[0]}?")
+    return by_name[camera]
+
+
+def read_episode_frames(dataset: LeRobotDataset, camera: str, episode: int) -> np.ndarray:
+    """All frames `[n, H, W, 3]` uint8 of one episode, in order."""
+    meta = dataset.meta
+    first, last = meta.episodes["dataset_from_index"][episode], meta.episodes["dataset_to_index"][episode]
+    if camera in meta.video_keys:
+        return _read_video(dataset, camera, episode, last - first)
+    cells = dataset.hf_dataset.data.column(camera).slice(first, last - first).to_pylist()
+    with ThreadPoolExecutor(max_workers=2) as pool:  # PNG decoding leaves Python's lock
+        return np.stack(list(pool.map(_decode_image, cells)))
+
+
+def _decode_image(cell: dict) -> np.ndarray:
+    source = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
+    return np.asarray(Image.open(source).convert("RGB"))
+
+
+def _read_video(dataset: LeRobotDataset, camera: str, episode: int, num_frames: int) -> np.ndarray:
+    from lerobot.datasets.video_utils import decode_video_frames
+
+    meta = dataset.meta
+    start = meta.episodes[f"videos/{camera}/from_timestamp"][episode]
+    timestamps = [start + i / meta.fps for i in range(num_frames)]
+    path = dataset.root / meta.get_video_file_path(episode, camera)
+    images = decode_video_frames(path, timestamps, dataset.tolerance_s, return_uint8=True)  # (n, 3, H, W)
+    return images.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def read_frame(dataset: LeRobotDataset, camera: str, index: int) -> np.ndarray:
+    """One frame `[H, W, 3]` uint8 through LeRobot's own item: the slow reference."""
+    return to_frames(dataset[index][camera][None])[0, 0].numpy()
+
+
+def resize_frames(frames: np.ndarray, size: int) -> np.ndarray:
+    """Frames `[n, H, W, 3]` uint8 -> `[n, size, size, 3]` uint8."""
+    if frames.shape[1:3] == (size, size):
+        return frames
+    images = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+    resized = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    return resized.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def read_actions(dataset: LeRobotDataset) -> np.ndarray | None:
+    """All actions `[N, A]` float32, in order; None where the dataset has none.
+
+    Raises:
+        ValueError: NaN or infinity among them.
+    """
+    if ACTION not in dataset.meta.features:
+        return None
+    column = dataset.hf_dataset.data.column(ACTION)
+    actions = np.stack(column.to_numpy()).astype(np.float32)
+    bad = ~np.isfinite(actions).all(axis=1)
+    expect(
+        not bad.any(),
+        "action",
+        "finite numbers",
+        f"NaN or infinity in {int(bad.sum())} frames, the first at index {int(bad.argmax())}",
+        "Repair or drop these episodes.",
+    )
+    return actions

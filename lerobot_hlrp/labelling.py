@@ -1,0 +1,132 @@
+"""Labels a LeRobotDataset with a LAQ's codes, episode by episode: each frame is decoded once, memory stays flat.
+
+Shape legend: n frames of an episode, B batch, T frames of a tuple, S codes of a label.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from hlrp_core.laq.code_table import CodeTable, CodeTableHeader
+from hlrp_core.laq.pairs import tuple_starts
+from hlrp_core.laq.quantizer import LatentActionQuantizer
+from hlrp_core.run_folder import StopRequest, read_json, write_json
+from lerobot_hlrp.fingerprint import dataset_fingerprint
+from lerobot_hlrp.frame_reader import read_episode_frames
+
+if TYPE_CHECKING:
+    from lerobot.datasets import LeRobotDataset
+
+
+class PartialTable:
+    """The codes of a labelling run so far, on disk beside the output; a rerun continues with them.
+
+    Args:
+        output: the table to be; the partial files have its name with a suffix.
+        identity: what must be equal to continue.
+        shape: `(N, S)`.
+    """
+
+    def __init__(self, output: Path, identity: str, shape: tuple[int, int]):
+        self.tensors_path = output.with_name(f".{output.name}.partial")
+        self.progress_path = output.with_name(f".{output.name}.partial.json")
+        self.identity = identity
+        self.codes = torch.zeros(shape, dtype=torch.int32)
+        self.valid = torch.zeros(shape[0], dtype=torch.bool)
+        self.num_episodes = 0
+        if self.progress_path.is_file() and read_json(self.progress_path)["identity"] == identity:
+            tensors = load_file(self.tensors_path)
+            self.codes, self.valid = tensors["codes"], tensors["valid"]
+            self.num_episodes = read_json(self.progress_path)["episodes"]
+
+    def save(self) -> None:
+        scratch = self.tensors_path.with_name(f"{self.tensors_path.name}.tmp")
+        save_file({"codes": self.codes, "valid": self.valid}, scratch)
+        # The tensors first: a kill in between repeats some episodes, with equal codes.
+        scratch.replace(self.tensors_path)
+        write_json(self.progress_path, {"identity": self.identity, "episodes": self.num_episodes})
+
+    def delete(self) -> None:
+        for path in (self.tensors_path, self.progress_path):
+            path.unlink(missing_ok=True)
+
+
+def label_dataset(
+    laq: LatentActionQuantizer,
+    dataset: LeRobotDataset,
+    *,
+    camera: str,
+    laq_id: str,
+    output: Path,
+    batch_size: int = 64,
+    save_every: int = 500,
+) -> CodeTable | None:
+    """Label every frame whose tuple fits into its episode, and write the table.
+
+    Args:
+        laq_id: name of the LAQ, for the table's header.
+        save_every: episodes between two saves of the partial table.
+
+    Returns:
+        the table, or None where the run was interrupted.
+
+    Raises:
+        ValueError: no episode is as long as the frame gap.
+    """
+    meta = dataset.meta
+    lengths = list(meta.episodes["length"])
+    tuple_starts(lengths, frame_gap=laq.frame_gap, num_frames=laq.config.num_frames)  # fails on too large a gap
+    fingerprint, laq_hash = dataset_fingerprint(meta), laq.weights_hash()
+    identity = hashlib.sha256(f"{fingerprint}{laq_hash}{camera}".encode()).hexdigest()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = PartialTable(output, identity, (meta.total_frames, laq.code_seq_len))
+    starts = meta.episodes["dataset_from_index"]
+    laq.eval()
+    episodes = range(partial.num_episodes, len(lengths))
+    with StopRequest() as stop, tqdm(episodes, initial=0, unit="episode", desc="Labelling") as progress:
+        for episode in progress:
+            frames = read_episode_frames(dataset, camera, episode)
+            codes = encode_episode(laq, frames, batch_size)
+            rows = slice(starts[episode], starts[episode] + len(codes))
+            partial.codes[rows], partial.valid[rows] = codes, True
+            partial.num_episodes = episode + 1
+            if partial.num_episodes % save_every == 0 or stop.requested:
+                partial.save()
+            if stop.requested and partial.num_episodes < len(lengths):
+                print(f"Stopped after {partial.num_episodes} episodes. Run the same command again to continue.")
+                return None
+    header = CodeTableHeader(
+        dataset_id=dataset.repo_id,
+        dataset_fingerprint=fingerprint,
+        camera=camera,
+        frame_gap=laq.frame_gap,
+        num_frames=laq.config.num_frames,
+        code_seq_len=laq.code_seq_len,
+        codebook_size=laq.codebook_size,
+        laq_id=laq_id,
+        laq_hash=laq_hash,
+    )
+    table = CodeTable(partial.codes, partial.valid, header)
+    table.save(output)
+    partial.delete()
+    return table
+
+
+def encode_episode(laq: LatentActionQuantizer, frames: np.ndarray, batch_size: int) -> torch.Tensor:
+    """Codes `[m, S]` int32 of the first m frames `[n, H, W, 3]` of an episode: those whose tuple fits into it."""
+    gap, num_frames = laq.frame_gap, laq.config.num_frames
+    count = max(len(frames) - gap * (num_frames - 1), 0)
+    device = next(laq.parameters()).device
+    codes = [torch.zeros(0, laq.code_seq_len, dtype=torch.int32)]
+    for first in range(0, count, batch_size):
+        positions = np.arange(first, min(first + batch_size, count))[:, None] + gap * np.arange(num_frames)
+        batch = torch.from_numpy(frames[positions])  # (B, T, H, W, 3)
+        codes.append(laq.encode(batch.to(device)).cpu().int())
+    return torch.cat(codes)

@@ -1,0 +1,113 @@
+"""The vision tower with kept tables and batched attention = transformers' own, outputs and gradients."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+from hlrp_core.backbones.qwen3_vl_vision import cache_grid_tables
+
+GRIDS = {
+    "one": [(1, 8, 8)],
+    "equal": [(1, 4, 6)] * 3,
+    "unequal": [(1, 4, 4), (1, 8, 2), (1, 4, 4)],
+    "same length, other shape": [(1, 4, 4), (1, 2, 8)],
+    "frames": [(2, 4, 4), (2, 4, 4)],
+}
+
+
+def build_towers(make_tiny_backend, dtype=torch.float32, attention: str = "sdpa"):
+    config = copy.deepcopy(make_tiny_backend().core.model.config.vision_config)
+    config._attn_implementation = attention
+    torch.manual_seed(3)
+    theirs = Qwen3VLVisionModel(config)
+    for parameter in theirs.parameters():  # biases and norms off their initial values
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    ours = copy.deepcopy(theirs)
+    cache_grid_tables(ours)
+    return theirs.to(dtype), ours.to(dtype)
+
+
+def patches(tower: Qwen3VLVisionModel, grids, seed: int = 0) -> Tensor:
+    config = tower.config
+    width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(sum(t * h * w for t, h, w in grids), width, generator=rng).to(tower.dtype)
+
+
+def run(tower: Qwen3VLVisionModel, pixels: Tensor, grids) -> list[Tensor]:
+    output = tower(pixels, grid_thw=torch.tensor(grids))
+    return [output.pooler_output, output.last_hidden_state, *output.deepstack_features]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", GRIDS)
+def test_outputs_and_gradients(name, attention, make_tiny_backend):
+    theirs, ours = build_towers(make_tiny_backend, attention=attention)
+    pixels, grids = patches(theirs, GRIDS[name]), GRIDS[name]
+    expected, got = run(theirs, pixels, grids), run(ours, pixels, grids)
+    for one, other in zip(expected, got, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+    for outputs in (expected, got):
+        sum((output * torch.linspace(-1, 1, output.shape[-1])).square().mean() for output in outputs).backward()
+    for (key, a), b in zip(theirs.named_parameters(), ours.parameters(), strict=True):
+        assert a.grad is not None, key
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-5 * float(a.grad.abs().max()) + 1e-8, msg=key)
+
+
+@pytest.mark.parametrize("name", ["equal", "unequal"])
+def test_bfloat16(name, make_tiny_backend):
+    theirs, ours = build_towers(make_tiny_backend, torch.bfloat16)
+    pixels = patches(theirs, GRIDS[name])
+    for one, other in zip(run(theirs, pixels, GRIDS[name]), run(ours, pixels, GRIDS[name]), strict=True):
+        assert other.dtype == torch.bfloat16
+        torch.testing.assert_close(other.float(), one.float(), rtol=0.05, atol=0.05)
+    # a table made in one precision must not serve another
+    torch.testing.assert_close(
+        run(ours.float(), pixels.float(), GRIDS[name])[0],
+        run(theirs.float(), pixels.float(), GRIDS[name])[0],
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_tables_follow_the_position_weights_as_they_learn(make_tiny_backend):
+    theirs, ours = build_towers(make_tiny_backend)
+    pixels, grids = patches(theirs, GRIDS["equal"]), GRIDS["equal"]
+    run(ours, pixels, grids)
+    for tower in (theirs, ours):
+        tower.pos_embed.weight.data += 1.0
+    torch.testing.assert_close(run(ours, pixels, grids)[0], run(theirs, pixels, grids)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_deepcopy_and_state_dict(make_tiny_backend):
+    theirs, ours = build_towers(make_tiny_backend)
+    pixels, grids = patches(theirs, GRIDS["unequal"]), GRIDS["unequal"]
+    run(ours, pixels, grids)
+    twin = copy.deepcopy(ours)
+    assert twin.state_dict().keys() == theirs.state_dict().keys()
+    twin.pos_embed.weight.data += 1.0
+    assert not torch.equal(run(twin, pixels, grids)[0], run(ours, pixels, grids)[0])
+    torch.testing.assert_close(run(ours, pixels, grids)[0], run(theirs, pixels, grids)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_table_made_under_inference_mode_serves_training(make_tiny_backend):
+    theirs, ours = build_towers(make_tiny_backend)
+    pixels, grids = patches(theirs, GRIDS["equal"]), GRIDS["equal"]
+    with torch.inference_mode():
+        run(ours, pixels, grids)
+    for tower in (ours, theirs):
+        run(tower, pixels, grids)[0].square().mean().backward()
+    torch.testing.assert_close(ours.pos_embed.weight.grad, theirs.pos_embed.weight.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_the_kept_tables_are_bounded(make_tiny_backend):
+    _, ours = build_towers(make_tiny_backend)
+    for width in range(1, 80):
+        grids = [(1, 2, 2 * width)]
+        ours.rot_pos_emb(torch.tensor(grids))
+    assert len(ours._grid_tables) <= 64
