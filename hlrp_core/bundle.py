@@ -32,11 +32,13 @@ from hlrp_core.codes.token_scheme import TokenSchemeConfig
 from hlrp_core.heads.action_head import ActionHeadConfig
 from hlrp_core.prompting.prompt import PromptConfig
 from hlrp_core.registry import get_recipe
+from hlrp_core.run_folder import write_json
 
 SCHEMA_VERSION = 1
 MANIFEST = "hlrp.json"
 BACKBONE = "backbone"
 WEIGHTS = "model.safetensors"
+_MANIFEST_KEYS = {"backend", "code_ids", "dtype", "extra", "parts", "vocabulary_rows", "weights"}
 
 logger = logging.getLogger(__name__)
 
@@ -127,15 +129,11 @@ def unique_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def save_tensors(tensors: dict[str, Tensor], folder: str | Path) -> None:
-    """Write a backend's weights, by the names of `unique_names`, into an existing folder."""
-    save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write under a temporary name, then rename."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    """Write a backend's weights, by the names of `unique_names`, beside its parts; their hash goes into the manifest."""
+    folder = Path(folder)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    write_json(folder / MANIFEST, {**manifest, "weights": _sha256(folder / WEIGHTS)})
 
 
 def code_token_ids(backend: ComposedBackend) -> dict[str, int]:
@@ -146,7 +144,8 @@ def code_token_ids(backend: ComposedBackend) -> dict[str, int]:
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
@@ -164,12 +163,24 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise BundleError(
             f"expected {MANIFEST} in {folder}, got none. Next step: check the path; it must be a saved backend."
         )
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    got = manifest.get("schema_version")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        got = manifest.get("schema_version")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise BundleError(
+            f"{MANIFEST}: expected JSON, got something else in {folder} ({error}). "
+            "Next step: copy or download the folder anew."
+        ) from error
     if got != SCHEMA_VERSION:
         raise BundleError(
             f"{MANIFEST}: expected schema version {SCHEMA_VERSION}, got {got!r} in {folder}. "
             "Next step: load it with the version of this package that saved it."
+        )
+    missing = sorted(_MANIFEST_KEYS - manifest.keys())
+    if missing:
+        raise BundleError(
+            f"{MANIFEST}: expected {', '.join(missing)} in it, got none in {folder}. "
+            "Next step: copy or download the folder anew."
         )
     for name, digest in manifest["parts"].items():
         part = folder / BACKBONE / name
@@ -243,6 +254,12 @@ def load_tensors(module: nn.Module, path: str | Path, *, new_parts: tuple[str, .
     if not path.is_file():
         raise BundleError(
             f"expected {path.name} in {path.parent}, got none. Next step: copy or download the folder anew."
+        )
+    expected = read_manifest(path.parent)["weights"]
+    if _sha256(path) != expected:
+        raise BundleError(
+            f"{path}: expected the weights as they were saved, got an altered file. "
+            "Next step: copy or download the folder anew."
         )
     own = module.state_dict(keep_vars=True)
     aliases: dict[int, list[str]] = {}

@@ -174,7 +174,11 @@ def load_optimizer(optimizer: Optimizer, folder: Path) -> None:
     for name, value in {**load_file(folder / "optimizer.safetensors"), **saved["state"]}.items():
         index, key = name.split("/", 1)
         state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+    groups = [  # JSON has no tuples
+        {name: tuple(value) if isinstance(value, list) and name != "params" else value for name, value in group.items()}
+        for group in saved["param_groups"]
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def capture_random_state() -> dict[str, Any]:

@@ -90,18 +90,18 @@ def label_dataset(
     starts = meta.episodes["dataset_from_index"]
     laq.eval()
     episodes = range(partial.num_episodes, len(lengths))
-    with StopRequest() as stop, tqdm(episodes, initial=0, unit="episode", desc="Labelling") as progress:
+    encoder = BatchedEncoder(laq, partial, batch_size)
+    with StopRequest() as stop, tqdm(episodes, unit="episode", desc="Labelling") as progress:
         for episode in progress:
-            frames = read_episode_frames(dataset, camera, episode)
-            codes = encode_episode(laq, frames, batch_size)
-            rows = slice(starts[episode], starts[episode] + len(codes))
-            partial.codes[rows], partial.valid[rows] = codes, True
+            encoder.add(read_episode_frames(dataset, camera, episode), first_row=starts[episode])
             partial.num_episodes = episode + 1
             if partial.num_episodes % save_every == 0 or stop.requested:
+                encoder.flush()
                 partial.save()
             if stop.requested and partial.num_episodes < len(lengths):
                 print(f"Stopped after {partial.num_episodes} episodes. Run the same command again to continue.")
                 return None
+        encoder.flush()
     header = CodeTableHeader(
         dataset_id=dataset.repo_id,
         dataset_fingerprint=fingerprint,
@@ -119,14 +119,38 @@ def label_dataset(
     return table
 
 
-def encode_episode(laq: LatentActionQuantizer, frames: np.ndarray, batch_size: int) -> torch.Tensor:
-    """Codes `[m, S]` int32 of the first m frames `[n, H, W, 3]` of an episode: those whose tuple fits into it."""
-    gap, num_frames = laq.frame_gap, laq.config.num_frames
-    count = max(len(frames) - gap * (num_frames - 1), 0)
-    device = next(laq.parameters()).device
-    codes = [torch.zeros(0, laq.code_seq_len, dtype=torch.int32)]
-    for first in range(0, count, batch_size):
-        positions = np.arange(first, min(first + batch_size, count))[:, None] + gap * np.arange(num_frames)
-        batch = torch.from_numpy(frames[positions])  # (B, T, H, W, 3)
-        codes.append(laq.encode(batch.to(device)).cpu().int())
-    return torch.cat(codes)
+class BatchedEncoder:
+    """Gathers tuples over episodes, which may be short, and encodes them in full batches.
+
+    Args:
+        table: receives the codes.
+        batch_size: tuples at once.
+    """
+
+    def __init__(self, laq: LatentActionQuantizer, table: PartialTable, batch_size: int):
+        self.laq = laq
+        self.table = table
+        self.batch_size = batch_size
+        self._tuples: list[np.ndarray] = []  # each [m, T, H, W, 3]
+        self._rows: list[np.ndarray] = []
+        self._device = next(laq.parameters()).device
+
+    def add(self, frames: np.ndarray, *, first_row: int) -> None:
+        """Take the tuples of an episode `[n, H, W, 3]` whose first frame has this row in the table."""
+        gap, num_frames = self.laq.frame_gap, self.laq.config.num_frames
+        starts = np.arange(max(len(frames) - gap * (num_frames - 1), 0))
+        for chunk in np.array_split(starts, max(1, -(-len(starts) // self.batch_size))):
+            self._tuples.append(frames[chunk[:, None] + gap * np.arange(num_frames)])
+            self._rows.append(first_row + chunk)
+            if sum(map(len, self._rows)) >= self.batch_size:
+                self.flush()
+
+    def flush(self) -> None:
+        """Encode what has been gathered."""
+        if not any(map(len, self._rows)):
+            return
+        batch = torch.from_numpy(np.concatenate(self._tuples))
+        rows = torch.from_numpy(np.concatenate(self._rows))
+        self.table.codes[rows] = self.laq.encode(batch.to(self._device)).cpu().int()
+        self.table.valid[rows] = True
+        self._tuples, self._rows = [], []

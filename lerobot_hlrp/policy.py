@@ -68,6 +68,8 @@ class HLRPPolicy(PreTrainedPolicy):
         episodes = None if dataset_meta is None else _claim_action_episodes(config, dataset_meta)
         self.backend = build_new_backend(config) if backend is None else backend
         self.backend.setup(device=torch.device(config.device or "cpu"))
+        if config.extra_cameras:
+            self.backend.prompting.check_length_sources(len(config.cameras))
         head = self.backend.action_head
         self.reader = BatchReader(
             config,

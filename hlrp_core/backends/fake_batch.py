@@ -20,6 +20,9 @@ def fake_batch(
         image_side: H and W.
     """
     rng = torch.Generator().manual_seed(seed)
+    shape = (batch_size, num_frames, image_side, image_side, 3)
+    frames = torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8)
+    codes = torch.randint(0, backend.codebook_size, (batch_size, backend.code_seq_len), generator=rng)
     labels = {}
     if backend.action_head is not None:
         head = backend.action_head.config
@@ -29,10 +32,9 @@ def fake_batch(
         labels["action_is_pad"][0, -1] = head.chunk_size > 1
         if head.state_dim > 0:
             labels["state"] = torch.randn(batch_size, head.state_dim, generator=rng)
-    shape = (batch_size, num_frames, image_side, image_side, 3)
     return ActionBatch(
-        frames=torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8),
+        frames=frames,
         instructions=[_INSTRUCTIONS[i % len(_INSTRUCTIONS)] for i in range(batch_size)],
-        target_codes=torch.randint(0, backend.codebook_size, (batch_size, backend.code_seq_len), generator=rng),
+        target_codes=codes,
         **labels,
     )

@@ -72,6 +72,11 @@ def action_probe_r2(
     penalty[-1, -1] = 0  # the constant is free
     weights = torch.linalg.lstsq(x.T @ x + penalty, x.T @ y, driver="gelsd").solution
     target = test_motion.double()
+    if len(target) < 2 or not bool((target != target[0]).any()):
+        raise ValueError(
+            f"action probe: expected held-out pairs whose motion differs, got {len(target)} without any difference. "
+            "Next step: hold out more episodes (eval_share)."
+        )
     residual = (target - one_hot_features(test_codes, codebook_size) @ weights).square().sum()
     return 1 - (residual / (target - target.mean(0)).square().sum()).item()
 

@@ -154,6 +154,11 @@ class _CodeTrainer:
         set_seed(config.seed, device_specific=True)
         backend.setup(device=accelerator.device)
         parameters = [p for p in backend.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError(
+                f"backend '{backend.name}': expected parameters to train, got none, as all are frozen. "
+                "Next step: freeze_backbone=False."
+            )
         optimizer = torch.optim.AdamW(parameters, betas=config.betas, weight_decay=config.weight_decay)
         self.parameters = parameters
         self.objective, self.optimizer = accelerator.prepare(_Objective(backend), optimizer)

@@ -30,6 +30,7 @@ class Preset:
     laq_steps: of the quantiser's training.
     codes, actions: budgets of stage 2 and stage 3.
     chunk_size, n_action_steps: actions predicted, and run, at once.
+    noise: on the recorded expert's executed actions, so that the data show how to recover from errors.
     eval_episodes: held-out episodes for each tier.
     without_words: also train and evaluate the same policy on the same data without its instructions.
     """
@@ -46,11 +47,14 @@ class Preset:
     chunk_size: int = 8
     n_action_steps: int = 4
     without_words: bool = False
+    noise: float = 0.3
     laq_batch_size: int = 64
     eval_curve_episodes: int = 20
     num_workers: int = 1
     holdout_share: float = 0.05
-    head: dict[str, int] = field(default_factory=lambda: {"hidden_dim": 128, "num_layers": 3, "num_heads": 4})
+    head: dict[str, int] = field(
+        default_factory=lambda: {"hidden_dim": 128, "num_layers": 3, "num_heads": 4, "num_noise_draws": 2}
+    )
 
 
 PRESETS = {
@@ -58,7 +62,7 @@ PRESETS = {
         tiers=("reach",),
         episodes=24,
         frame_gap=2,
-        laq_steps=20,
+        laq_steps=60,
         codes=Training(steps=6, batch_size=8, lr=1e-3, warmup=2, save_freq=3),
         actions=Training(steps=6, batch_size=8, lr=7e-4, warmup=2, save_freq=3),
         eval_episodes=2,
@@ -67,9 +71,9 @@ PRESETS = {
         tiers=("reach",),
         episodes=4000,
         frame_gap=3,
-        laq_steps=1500,
-        codes=Training(steps=4000, batch_size=32, lr=1e-3, warmup=100, save_freq=1000),
-        actions=Training(steps=1800, batch_size=32, lr=7e-4, warmup=100, save_freq=600, eval_freq=600),
+        laq_steps=900,
+        codes=Training(steps=3000, batch_size=32, lr=1e-3, warmup=100, save_freq=1000),
+        actions=Training(steps=1200, batch_size=32, lr=1e-3, warmup=100, save_freq=400, eval_freq=400),
         eval_episodes=50,
     ),
     "full": Preset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -240,8 +241,6 @@ def test_other_code_ids(folder):
 
 def test_a_tokenizer_without_the_codes(folder, tiny_qwen):
     """As if someone had put the original tokenizer back, hash and all: the codes come back with the same ids."""
-    import hashlib
-
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_qwen / name, folder / "backbone" / name)
     digest = {
@@ -259,12 +258,18 @@ def test_other_vocabulary_rows(folder):
         load_backend(folder)
 
 
-def test_truncated_weights(folder):
+def test_truncated_or_altered_weights(folder):
     data = (folder / WEIGHTS).read_bytes()
-    for size in (0, 10, len(data) - 100):
-        (folder / WEIGHTS).write_bytes(data[:size])
-        with pytest.raises(BundleError, match=WEIGHTS):
+    for damaged in (b"", data[:10], data[:-100], data[:-1] + bytes([data[-1] ^ 1])):
+        (folder / WEIGHTS).write_bytes(damaged)
+        with pytest.raises(BundleError, match=WEIGHTS + ".*altered"):
             load_backend(folder)
+
+
+def save_as_if_whole(tensors: dict, folder: Path) -> None:
+    save_file(tensors, folder / WEIGHTS)
+    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    edit_manifest(folder, lambda m: m.update(weights=digest))
 
 
 def test_missing_unknown_and_misshapen_tensors(folder):
@@ -277,7 +282,7 @@ def test_missing_unknown_and_misshapen_tensors(folder):
     ):
         damaged = dict(tensors)
         change(damaged)
-        save_file(damaged, folder / WEIGHTS)
+        save_as_if_whole(damaged, folder)
         with pytest.raises(BundleError, match=text):
             load_backend(folder)
 

@@ -191,7 +191,7 @@ def test_noise_disturbs_what_is_executed_and_not_what_is_recorded():
 def test_failures_are_dropped_and_counted_or_kept(tmp_path: Path):
     plan, source = make_plan(tmp_path / "dropped", episode_length=7)
     manifest, _ = record(plan, source)
-    assert 0 < len(manifest.failed_seeds)
+    assert manifest.failed_seeds
     assert set(manifest.failed_seeds).isdisjoint(manifest.episode_seeds)
     used = sorted(manifest.failed_seeds + manifest.episode_seeds)
     assert used == list(range(manifest.first_seed, manifest.next_seed))
@@ -264,11 +264,16 @@ def kill_between_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SegmentWriter, "_write_metadata", write)
 
 
-@pytest.mark.parametrize("kill", [kill_in_the_middle_of_a_commit, kill_while_writing_a_file, kill_between_files])
-@pytest.mark.parametrize("use_video", [False, True])
+@pytest.mark.parametrize(
+    ("kill", "use_video"),
+    [
+        (kill_in_the_middle_of_a_commit, False),
+        (kill_in_the_middle_of_a_commit, True),
+        (kill_while_writing_a_file, False),
+        (kill_between_files, False),
+    ],
+)
 def test_a_killed_recording_goes_on_as_if_nothing_had_happened(tmp_path: Path, kill: Callable, use_video: bool):
-    if use_video and kill is not kill_in_the_middle_of_a_commit:
-        pytest.skip("one way of dying is enough for the encoder")
     whole, source = make_plan(tmp_path / "whole", episodes=10, use_video=use_video)
     record(whole, source)
     plan, source = make_plan(tmp_path / "killed", episodes=10, use_video=use_video)
@@ -276,7 +281,15 @@ def test_a_killed_recording_goes_on_as_if_nothing_had_happened(tmp_path: Path, k
         kill(patch)
         with pytest.raises(Killed):
             record(plan, source)
-    assert Manifest.load(plan.root).num_segments == 1
+    SegmentWriter(plan.root, plan.layout, Manifest.load(plan.root))  # the next run, dying before its first episode
+    first_segment = Manifest.load(plan.root)
+    assert first_segment.num_segments == 1
+    files = {path.name for folder in ("data", "meta/episodes") for path in (plan.root / folder).rglob("*.parquet*")}
+    assert files == {"file-000.parquet"}
+    assert (len(load(plan.root)), load(plan.root).num_episodes) == (
+        first_segment.num_frames,
+        first_segment.num_episodes,
+    )
     manifest, is_complete = record(plan, source)
     assert is_complete
     assert_same_dataset(whole.root, plan.root)
@@ -398,7 +411,7 @@ def test_bad_numbers_are_refused(tmp_path: Path, setting: str, named: str):
 
 
 def test_environments_without_an_expert_are_refused():
-    with pytest.raises(ValueError, match="expected an environment with a scripted expert .*got 'pusht'"):
+    with pytest.raises(ValueError, match=r"expected an environment with a scripted expert .*got 'pusht'"):
         make_source(PushtEnv())
 
 
@@ -449,8 +462,9 @@ def test_metaworld(tmp_path: Path):
     command = [sys.executable, "-m", "lerobot_hlrp.cli.record", "--env.type=metaworld", "--env.task=reach-v3"]
     command += ["--dataset.repo_id=local/mw", f"--dataset.root={root}", "--episodes=1", "--dataset.video=false"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    if result.returncode == 1 and "error: " in result.stderr and "Meta-World" in result.stderr:
-        pytest.skip(result.stderr.strip().splitlines()[-2])
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    if errors and "Meta-World" in errors[0]:  # no OpenGL, or a MuJoCo that does not fit
+        pytest.skip(errors[0])
     assert result.returncode == 0, result.stderr
     dataset = load(root)
     assert dataset.num_episodes == 1

@@ -1,0 +1,130 @@
+"""The LAQ model: shapes, determinism, saving, what its codes depend on."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hlrp_core.laq.config import LAQConfig, fsq_levels
+from hlrp_core.laq.quantizer import LatentActionQuantizer
+
+TINY = {"image_size": 16, "hidden_dim": 16, "num_layers": 1}
+
+
+def make_laq(**settings) -> LatentActionQuantizer:
+    torch.manual_seed(0)
+    laq = LatentActionQuantizer(LAQConfig(**{**TINY, **settings}))
+    with torch.no_grad():
+        for _ in range(3):
+            laq.train()(random_frames(16, laq.config.num_frames))  # statistics of the quantiser
+    return laq.eval()
+
+
+def random_frames(size: int, num_frames: int = 2, side: int = 16, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (size, num_frames, side, side, 3), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("codebook_size", [2, 3, 8, 12, 64, 100, 256, 1024])
+def test_fsq_levels_multiply_to_the_codebook_size(codebook_size):
+    assert math.prod(fsq_levels(codebook_size)) == codebook_size
+
+
+def test_a_codebook_size_without_levels_names_the_nearest():
+    with pytest.raises(ValueError, match="use 10 or 12"):
+        LAQConfig(codebook_size=11)
+
+
+@pytest.mark.parametrize("quantizer", ["fsq", "vq", "diveq"])
+@pytest.mark.parametrize(("codebook_size", "code_seq_len"), [(8, 4), (256, 8)])
+def test_codes_are_in_range_and_name_their_vectors(quantizer, codebook_size, code_seq_len):
+    laq = make_laq(quantizer=quantizer, codebook_size=codebook_size, code_seq_len=code_seq_len)
+    frames = random_frames(6)
+    codes = laq.encode(frames)
+    assert codes.shape == (6, code_seq_len)
+    assert codes.dtype == torch.long
+    assert 0 <= int(codes.min()) <= int(codes.max()) < codebook_size
+    source, target = laq._transitions(laq.prepare(frames))
+    vectors, _, _ = laq.quantizer(laq.encoder(source, target))
+    torch.testing.assert_close(laq.code_vectors(codes), vectors, atol=1e-5, rtol=1e-5)
+
+
+def test_more_frames_are_labelled_as_their_pairs():
+    laq = make_laq(num_frames=4)
+    frames = random_frames(5, 4)
+    codes = laq.encode(frames)
+    assert codes.shape == (5, 12)
+    source, target = laq._transitions(laq.prepare(frames))
+    _, pair_codes, _ = laq.quantizer(laq.encoder(source, target))
+    torch.testing.assert_close(codes, pair_codes.view(5, 12))
+    assert laq.code_seq_len == 12
+
+
+def test_codes_do_not_depend_on_the_rest_of_the_batch_or_the_mode():
+    laq = make_laq()
+    frames = random_frames(8)
+    codes = laq.encode(frames)
+    assert torch.equal(codes[2:3], laq.encode(frames[2:3]))
+    assert torch.equal(codes, laq.train().encode(frames))
+    assert laq.training
+
+
+def test_training_starts_at_the_copy_of_frame_t():
+    torch.manual_seed(0)
+    output = LatentActionQuantizer(LAQConfig(**TINY))(random_frames(4))
+    assert torch.equal(output.reconstruction, output.source)
+
+
+def test_images_of_any_size_are_taken():
+    laq = make_laq()
+    assert laq.encode(random_frames(2, side=48)).shape == (2, 4)
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(2, 2, 16, 16, 3), torch.zeros(2, 2, 3, 16, 16, dtype=torch.uint8)])
+def test_other_layouts_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"expected uint8 tensor \[B, T, H, W, 3\]"):
+        make_laq().encode(wrong)
+
+
+def test_saved_and_loaded_in_another_process_the_codes_are_equal(tmp_path: Path):
+    laq = make_laq()
+    laq.save_pretrained(tmp_path / "laq")
+    script = (
+        "import sys, torch; from hlrp_core.laq.quantizer import LatentActionQuantizer\n"
+        f"laq = LatentActionQuantizer.from_pretrained({str(tmp_path / 'laq')!r})\n"
+        "frames = torch.randint(0, 256, (4, 2, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))\n"
+        "print(laq.encode(frames).tolist(), laq.weights_hash())"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    expected = f"{laq.encode(random_frames(4, seed=3)).tolist()} {laq.weights_hash()}"
+    assert printed.strip().splitlines()[-1] == expected
+
+
+def test_a_folder_with_other_weights_is_refused(tmp_path: Path):
+    make_laq().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"code_seq_len": 4', '"code_seq_len": 5'))
+    with pytest.raises(ValueError, match="expected the settings and weights"):
+        LatentActionQuantizer.from_pretrained(tmp_path)
+
+
+def test_an_unknown_schema_is_refused(tmp_path: Path):
+    make_laq().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"schema_version": 1', '"schema_version": 9'))
+    with pytest.raises(ValueError, match="schema version 1, got 9"):
+        LatentActionQuantizer.from_pretrained(tmp_path)
+
+
+def test_the_hash_follows_the_weights():
+    laq = make_laq()
+    before = laq.weights_hash()
+    assert before == make_laq().weights_hash()
+    with torch.no_grad():
+        next(laq.parameters()).add_(1e-3)
+    assert laq.weights_hash() != before

@@ -1,0 +1,117 @@
+"""Training a LAQ: it learns motion, it continues, it fails loudly on collapse."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from hlrp_core.laq.config import LAQConfig
+from hlrp_core.laq.pairs import FrameTuples, tuple_starts
+from hlrp_core.laq.probes import (
+    CodebookCollapseError,
+    action_probe_r2,
+    check_no_collapse,
+    measure_codebook_use,
+    one_hot_features,
+)
+from hlrp_core.laq.quantizer import LatentActionQuantizer
+from hlrp_core.laq.training import LAQTrainingConfig, train_laq
+
+CONFIG = LAQConfig(image_size=32, hidden_dim=32, num_layers=2, frame_gap=1, code_seq_len=2)
+
+
+def new_laq() -> LatentActionQuantizer:
+    torch.manual_seed(0)
+    return LatentActionQuantizer(CONFIG)
+
+
+def test_it_learns_motion_that_random_weights_and_shuffled_codes_do_not_tell(square_tuples, tmp_path):
+    train, held_out = square_tuples
+    config = LAQTrainingConfig(steps=150, batch_size=32, log_freq=75, save_freq=75)
+    figures = train_laq(new_laq(), train, held_out, config, output_dir=tmp_path)
+    assert figures is not None
+    assert figures["reconstruction_gain_db"] > 1
+    assert figures["action_probe_r2"] > 0.7
+    assert figures["action_probe_r2"] > figures["action_probe_r2_random"] + 0.2
+    assert abs(figures["action_probe_r2_shuffled"]) < 0.1
+    assert 1 < figures["perplexity"] <= 8
+    assert json.loads((tmp_path / "metrics.json").read_text()) == figures
+    loaded = LatentActionQuantizer.from_pretrained(tmp_path)
+    assert loaded.weights_hash() == LatentActionQuantizer.from_pretrained(tmp_path).weights_hash()
+
+
+def test_a_killed_run_continues_to_the_same_weights(square_tuples, tmp_path, monkeypatch):
+    train, held_out = square_tuples
+    config = LAQTrainingConfig(steps=6, batch_size=8, log_freq=3, save_freq=3)
+    whole = new_laq()
+    train_laq(whole, train, held_out, config, output_dir=tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    sample = FrameTuples.sample
+
+    def kill_at_five(self, batch_size, *, seed, step):
+        if step == 4:
+            raise Killed
+        return sample(self, batch_size, seed=seed, step=step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FrameTuples, "sample", kill_at_five)
+        with pytest.raises(Killed):
+            train_laq(new_laq(), train, held_out, config, output_dir=tmp_path / "killed")
+    continued = new_laq()
+    train_laq(continued, train, held_out, config, output_dir=tmp_path / "killed")
+    assert continued.weights_hash() == whole.weights_hash()
+
+
+def test_another_run_in_the_same_folder_is_refused(square_tuples, tmp_path):
+    train, held_out = square_tuples
+    config = LAQTrainingConfig(steps=2, batch_size=4, log_freq=1, save_freq=2)
+    train_laq(new_laq(), train, held_out, config, output_dir=tmp_path)
+    with pytest.raises(ValueError, match="expected the settings with which its run was started"):
+        train_laq(new_laq(), train, held_out, LAQTrainingConfig(steps=4, batch_size=4), output_dir=tmp_path)
+
+
+def test_collapse_is_an_error_that_says_what_to_change():
+    use = measure_codebook_use(torch.zeros(50, 4, dtype=torch.long), 8)
+    with pytest.raises(CodebookCollapseError, match="collapsed.*quantizer=fsq"):
+        check_no_collapse(use, 8)
+
+
+def test_perplexity_of_even_use_is_the_codebook_size():
+    use = measure_codebook_use(torch.arange(8).repeat(4)[:, None], 8)
+    assert use.perplexity == pytest.approx(8)
+    assert use.used_share == 1
+
+
+def test_the_probe_equals_a_plain_ridge_regression():
+    rng = np.random.default_rng(0)
+    codes = torch.from_numpy(rng.integers(0, 4, (300, 2)))
+    motion = torch.from_numpy((codes.numpy() @ rng.normal(size=(2, 3)) + rng.normal(size=(300, 3))).astype(np.float32))
+    x, y = one_hot_features(codes[:200], 4).numpy(), motion[:200].double().numpy()
+    penalty = np.diag([1e-3 * 200] * 8 + [0.0])
+    weights = np.linalg.solve(x.T @ x + penalty, x.T @ y)
+    test, predicted = motion[200:].double().numpy(), one_hot_features(codes[200:], 4).numpy() @ weights
+    expected = 1 - ((test - predicted) ** 2).sum() / ((test - test.mean(0)) ** 2).sum()
+    got = action_probe_r2(codes[:200], motion[:200], codes[200:], motion[200:], codebook_size=4)
+    assert got == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_probe_needs_motion_that_differs():
+    codes, motion = torch.zeros(4, 2, dtype=torch.long), torch.ones(4, 2)
+    with pytest.raises(ValueError, match="expected held-out pairs whose motion differs"):
+        action_probe_r2(codes, motion, codes, motion, codebook_size=8)
+
+
+def test_tuples_stay_within_their_episode():
+    starts = tuple_starts([5, 2, 4], frame_gap=2, num_frames=2)
+    assert [list(s) for s in starts] == [[0, 1, 2], [], [7, 8]]
+
+
+def test_a_gap_longer_than_every_episode_is_refused():
+    with pytest.raises(ValueError, match="frame_gap: expected .* got episodes of at most 5 frames"):
+        tuple_starts([5, 3], frame_gap=5)

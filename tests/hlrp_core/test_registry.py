@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+import hlrp_core
+from hlrp_core import available_backends, make_backend, register_backend, registry
+from hlrp_core.heads import ActionHeadConfig
+from hlrp_core.registry import BackendRecipe, get_recipe
+
+SIZES = {"codebook_size": 8, "code_seq_len": 4}
+
+
+def test_names():
+    assert available_backends() == sorted(available_backends())
+    assert {"qwen_chat", "qwen_plain"} <= set(available_backends())
+    assert hlrp_core.make_backend is make_backend
+
+
+@pytest.mark.parametrize(("wrong", "close"), [("qwen_chta", "qwen_chat"), ("qwenplain", "qwen_plain")])
+def test_an_unknown_name_offers_the_closest(wrong, close):
+    with pytest.raises(ValueError, match=rf"expected one of .*qwen_chat.*got '{wrong}'. Did you mean '{close}'"):
+        make_backend(wrong, backbone="x", **SIZES)
+    with pytest.raises(ValueError, match="got 'zzzz'.$"):
+        get_recipe("zzzz")
+
+
+def test_a_taken_name_is_refused(monkeypatch):
+    monkeypatch.setattr(registry, "_RECIPES", dict(registry._RECIPES))
+    recipe = BackendRecipe("qwen3_vl", lambda config, core, is_new: None)  # type: ignore[arg-type, return-value]
+    register_backend("mine", recipe)
+    register_backend("mine", recipe)  # a module that is imported twice
+    assert "mine" in available_backends()
+    with pytest.raises(ValueError, match="'mine', which is taken"):
+        register_backend("mine", BackendRecipe("qwen3_vl", lambda config, core, is_new: None))  # type: ignore[arg-type, return-value]
+
+
+def test_a_backend_of_ones_own(monkeypatch, tiny_qwen):
+    """One function and one line."""
+    from hlrp_core.backends.token_backends import compose_token_backend
+
+    monkeypatch.setattr(registry, "_RECIPES", dict(registry._RECIPES))
+
+    def compose(config, core, is_new):
+        return compose_token_backend(config, core, prompting="plain", is_new=is_new)
+
+    register_backend("mine", BackendRecipe("qwen3_vl", compose))
+    backend = make_backend("mine", backbone=tiny_qwen, **SIZES)
+    assert backend.name == "mine"
+
+
+def test_a_backbone_that_is_none(tmp_path, tiny_qwen):
+    with pytest.raises(ValueError, match=r"backbone: expected a folder.*no folder.*hlrp-backbone"):
+        make_backend("qwen_chat", backbone=tmp_path / "nowhere", **SIZES)
+    with pytest.raises(ValueError, match="backbone: expected .*Next step"):
+        make_backend("qwen_chat", backbone=tmp_path, **SIZES)
+    with pytest.raises(ValueError, match="backbone: expected .*Next step"):
+        make_backend("qwen_chat", backbone="nobody/no-such-model", **SIZES)
+    other = shutil.copytree(tiny_qwen, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    with pytest.raises(ValueError, match="qwen3_vl family.*got model_type 'llama'"):
+        make_backend("qwen_chat", backbone=other, **SIZES)
+
+
+def test_dtype(tiny_qwen):
+    with pytest.raises(ValueError, match="dtype: expected one of float32"):
+        make_backend("qwen_chat", backbone=tiny_qwen, dtype="int8", **SIZES)
+    assert str(make_backend("qwen_chat", backbone=tiny_qwen, dtype="bfloat16", **SIZES).core.model.dtype) == (
+        "torch.bfloat16"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"codebook_size": 1}, "codebook_size: expected 2 or more, got 1"),
+        ({"code_seq_len": 0}, "code_seq_len: expected 1 or more, got 0"),
+        ({"codes_loss_weight": -1.0}, "codes_loss_weight: expected 0 or more"),
+        ({"code_source": "guess"}, "code_source: expected 'predicted' or 'teacher', got 'guess'"),
+        ({"decoding": "magic"}, "decoding: expected one of constrained"),
+        (
+            {"action_head": ActionHeadConfig(kind="mlp", code_conditioning="soft"), "decoding": "generate"},
+            "code_conditioning=soft: expected decoding='constrained'",
+        ),
+        ({"action_head": ActionHeadConfig(kind="mlpp", code_conditioning="tokens")}, "did you mean 'mlp'"),
+    ],
+)
+def test_settings_that_cannot_work(settings, text, tiny_qwen):
+    with pytest.raises(ValueError, match=text):
+        make_backend("qwen_chat", backbone=tiny_qwen, **{**SIZES, **settings})
+
+
+def test_an_unknown_setting_is_an_error(tiny_qwen):
+    with pytest.raises(TypeError, match="colour"):
+        make_backend("qwen_chat", backbone=tiny_qwen, **SIZES, colour="red")

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from hlrp_core.run_folder import (
+    RunFolder,
+    StopRequest,
+    capture_random_state,
+    load_optimizer,
+    load_random_state,
+    new_folder,
+    restore_random_state,
+    save_optimizer,
+    save_random_state,
+    write_json,
+)
+
+SETTINGS = {"steps": 10, "betas": (0.9, 0.95), "nested": {"a": None}}
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with new_folder(tmp_path / "a" / "b") as scratch:
+        (scratch / "file").write_text("x")
+        assert not (tmp_path / "a" / "b").exists()
+    assert (tmp_path / "a" / "b" / "file").read_text() == "x"
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "a" / "c"):
+        raise RuntimeError
+    with new_folder(tmp_path / "a" / "b") as scratch:  # replaces
+        (scratch / "other").write_text("y")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["other"]
+
+
+def test_json_is_replaced_in_one_go(tmp_path):
+    write_json(tmp_path / "f.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "f.json", {"a": object()})
+    assert json.loads((tmp_path / "f.json").read_text()) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["f.json"]
+
+
+def test_continuing_needs_the_same_settings(tmp_path):
+    RunFolder(tmp_path / "run", SETTINGS)
+    RunFolder(tmp_path / "run", SETTINGS)
+    with pytest.raises(ValueError, match=r"\(steps=10\), got steps=11.*Next step"):
+        RunFolder(tmp_path / "run", {**SETTINGS, "steps": 11})
+    with pytest.raises(ValueError, match="nested"):
+        RunFolder(tmp_path / "run", {**SETTINGS, "nested": {"a": 1}})
+    with pytest.raises(ValueError, match="lr=None"):
+        RunFolder(tmp_path / "run", {**SETTINGS, "lr": 1})
+
+
+def test_folders_of_something_else_are_left_alone(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    for folder in (tmp_path, tmp_path / "mine"):
+        with pytest.raises(ValueError, match="new or empty"):
+            RunFolder(folder, SETTINGS)
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_checkpoints(tmp_path):
+    run = RunFolder(tmp_path / "run", SETTINGS, keep=2)
+    assert run.latest_checkpoint() is None
+    for step in (5, 10, 15):
+        with run.new_checkpoint(step) as folder:
+            (folder / "step").write_text(str(step))
+    with pytest.raises(RuntimeError), run.new_checkpoint(20):
+        raise RuntimeError("killed")
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["000010", "000015", "last"]
+    assert run.latest_checkpoint().name == "000015"
+    assert (run.last / "step").read_text() == "15"
+    assert os.readlink(run.last) == "000015"  # relative: the run may be moved
+    every = RunFolder(tmp_path / "all", SETTINGS)
+    for step in range(1, 5):
+        with every.new_checkpoint(step):
+            pass
+    assert len(list((tmp_path / "all" / "checkpoints").iterdir())) == 5
+
+
+def test_metrics_of_lost_steps_are_dropped(tmp_path):
+    run = RunFolder(tmp_path / "run", SETTINGS)
+    run.forget_after(0)
+    for step in range(1, 6):
+        run.log({"step": step, "loss": 0.1 * step})
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    run.forget_after(3)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def train(model, optimizer, steps: int) -> None:
+    for _ in range(steps):
+        model(torch.randn(4, 3)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def build() -> tuple:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    groups = [{"params": [model.weight]}, {"params": [model.bias], "lr": 0.5}]
+    return model, torch.optim.AdamW(groups, lr=0.1)
+
+
+def test_optimizer_and_random_numbers_continue_exactly(tmp_path):
+    model, optimizer = build()
+    train(model, optimizer, 3)
+    save_optimizer(optimizer, tmp_path)
+    save_random_state(capture_random_state(), tmp_path)
+    weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    train(model, optimizer, 3)
+    drawn = (random.random(), np.random.rand(), torch.rand(1).item())  # noqa: NPY002
+
+    other, second = build()
+    other.load_state_dict(weights)
+    load_optimizer(second, tmp_path)
+    restore_random_state(load_random_state(tmp_path))
+    train(other, second, 3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == drawn  # noqa: NPY002
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}  # no pickle
+
+
+def test_an_optimizer_that_has_not_stepped(tmp_path):
+    _, optimizer = build()
+    save_optimizer(optimizer, tmp_path)
+    _, other = build()
+    load_optimizer(other, tmp_path)
+    assert other.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_interrupt_is_a_request_and_the_second_acts(number):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested
+        assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is before
+
+
+def test_outside_its_block_interrupts_are_as_ever():
+    with StopRequest():
+        pass
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from hlrp_core.backends.composed import ComposedBackend
+from hlrp_core.backends.fake_batch import fake_batch
+from hlrp_core.bundle import load_backend
+from hlrp_core.contract import BackendMode, FoundationBatch
+from hlrp_core.training import CodeTrainingConfig, train_codes
+from hlrp_core.training.config import is_due, learning_rate
+
+CONFIG = CodeTrainingConfig(steps=6, lr=1e-3, warmup_steps=2, log_freq=2, eval_freq=3, save_freq=2, seed=3)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    """Accelerate keeps its precision for a process's whole life."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def build(make_tiny_backend: Callable) -> Callable[..., ComposedBackend]:
+    return lambda *args, **settings: make_tiny_backend(*(args or ("qwen_plain",)), image_size=24, **settings)
+
+
+def make_batches(backend, count: int = 4, **settings) -> list[FoundationBatch]:
+    return [fake_batch(backend, image_side=24, seed=i, **settings) for i in range(count)]
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_time(records: list[dict]) -> list[dict]:
+    return [{key: value for key, value in record.items() if key != "samples_per_s"} for record in records]
+
+
+class Power:
+    """Batches that end a run from within: a failure, or a signal, before batch number `after`."""
+
+    def __init__(self, batches, after: int, signal_number: int | None = None):
+        self.batches, self.after, self.signal_number = batches, after, signal_number
+        self.read = 0
+
+    def __iter__(self):
+        for batch in self.batches:
+            if self.read == self.after:
+                if self.signal_number is None:
+                    raise RuntimeError("power failure")
+                os.kill(os.getpid(), self.signal_number)
+            self.read += 1
+            yield batch
+
+
+def test_it_learns_reports_and_leaves_a_bundle(build, tmp_path):
+    backend = build()
+    batches = make_batches(backend, 1)
+    config = replace(CONFIG, steps=30, lr=3e-3, log_freq=10, eval_freq=15, save_freq=0)
+    result = train_codes(backend, batches, config, output_dir=tmp_path / "run", eval_batches=batches)
+    assert result.is_finished
+    assert result.step == 30
+
+    records = read_metrics(tmp_path / "run")
+    steps = [record for record in records if "loss" in record]
+    evaluations = [record for record in records if "evaluation" in record]
+    assert [record["step"] for record in steps] == [10, 20, 30]
+    assert [record["step"] for record in evaluations] == [15, 30]
+    assert set(steps[0]) == {
+        *("step", "epoch", "loss", "grad_norm", "code_accuracy", "constant_accuracy", "lr", "samples_per_s"),
+    }
+    assert steps[-1]["loss"] < 0.5 * steps[0]["loss"]
+    assert all(type(value) in (int, float) for record in steps for value in record.values())
+    assert result.evaluation.as_dict() == evaluations[-1]["evaluation"]
+    assert result.evaluation.constant_from == "training"
+
+    assert result.folder == tmp_path / "run" / "checkpoints" / "last" / "pretrained_model"
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name != "last"] == ["000030"]
+    loaded = load_backend(result.folder)
+    one, other = (b.latent_from_batch(batches[0], mode=BackendMode.CODES).logits for b in (backend, loaded))
+    assert torch.equal(one, other)
+
+
+def test_a_killed_run_continues_as_if_nothing_had_happened(build, tmp_path):
+    backend = build()
+    batches = make_batches(backend)
+    whole = train_codes(backend, batches, CONFIG, output_dir=tmp_path / "whole", eval_batches=batches[:1])
+
+    torch.manual_seed(99)
+    with pytest.raises(RuntimeError, match="power failure"):
+        train_codes(
+            build(), Power(batches, 5), CONFIG, output_dir=tmp_path / "killed", eval_batches=batches[:1]
+        )
+    assert (tmp_path / "killed" / "checkpoints" / "last").resolve().name == "000004"
+    torch.manual_seed(123)
+    fresh = build(seed=17)  # its weights come from the checkpoint
+    continued = train_codes(fresh, batches, CONFIG, output_dir=tmp_path / "killed", eval_batches=batches[:1])
+
+    assert continued.is_finished
+    for key, tensor in backend.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[key]), key
+    assert continued.evaluation == whole.evaluation
+    assert without_time(read_metrics(tmp_path / "killed")) == without_time(read_metrics(tmp_path / "whole"))
+    again = train_codes(build(), batches, CONFIG, output_dir=tmp_path / "killed", eval_batches=batches[:1])
+    assert again.is_finished
+    assert again.evaluation == whole.evaluation
+    assert len(read_metrics(tmp_path / "killed")) == len(read_metrics(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_and_says_how_to_go_on(number, build, tmp_path, capsys):
+    backend = build()
+    batches = make_batches(backend)
+    before = signal.getsignal(number)
+    stopped = train_codes(backend, Power(batches, 2, number), CONFIG, output_dir=tmp_path / "run")
+    assert not stopped.is_finished
+    assert stopped.step == 3
+    assert stopped.evaluation is None
+    assert signal.getsignal(number) is before
+    output = capsys.readouterr().out
+    assert "step 3 of 6" in output
+    assert "same command again" in output
+    load_backend(stopped.folder)
+    done = train_codes(build(), batches, CONFIG, output_dir=tmp_path / "run")
+    assert done.is_finished
+    assert done.step == 6
+
+
+def test_another_run_is_not_continued(build, tmp_path):
+    batches = make_batches(build())
+    short = replace(CONFIG, steps=1)
+    train_codes(build(), batches, short, output_dir=tmp_path / "run", settings={"data": "a"})
+    for change in ({"steps": 2}, {"lr": 0.5}, {"seed": 4}):
+        with pytest.raises(ValueError, match="settings with which its run was started"):
+            train_codes(build(), batches, replace(short, **change), output_dir=tmp_path / "run", settings={"data": "a"})
+    with pytest.raises(ValueError, match="data='a'.*got data='b'"):
+        train_codes(build(), batches, short, output_dir=tmp_path / "run", settings={"data": "b"})
+    with pytest.raises(ValueError, match="backend"):
+        train_codes(build("qwen_chat"), batches, short, output_dir=tmp_path / "run", settings={"data": "a"})
+    shown_otherwise = replace(short, log_freq=7, save_freq=9, eval_freq=3, keep_checkpoints=0)
+    train_codes(build(), batches, shown_otherwise, output_dir=tmp_path / "run", settings={"data": "a"})
+
+
+def test_any_iterable_will_do(build, tmp_path):
+    backend = build()
+    config = replace(CONFIG, steps=3)
+    generator = (batch for batch in make_batches(backend, 3))
+    assert train_codes(backend, generator, config, output_dir=tmp_path / "a").is_finished
+    loader = torch.utils.data.DataLoader(make_batches(backend, 2), batch_size=None)
+    assert train_codes(build(), loader, config, output_dir=tmp_path / "b").is_finished
+
+
+def test_batches_without_labels(build, tmp_path):
+    backend = build()
+    batches = make_batches(backend, 2)
+    nothing = torch.zeros(3, dtype=torch.bool)
+    partly = [replace(batches[0], codes_valid=nothing), batches[1]]
+    config = replace(CONFIG, steps=2, log_freq=1)
+    train_codes(backend, partly, config, output_dir=tmp_path / "partly")
+    records = read_metrics(tmp_path / "partly")
+    assert records[0]["loss"] == 0
+    assert "code_accuracy" not in records[0]
+    assert records[1]["loss"] > 0
+    bare = [replace(batch, target_codes=None) for batch in batches]
+    with pytest.raises(ValueError, match="target_codes"):
+        train_codes(build(), bare, config, output_dir=tmp_path / "bare")
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(build, tmp_path):
+    backend = build()
+    with torch.no_grad():
+        backend.core.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="loss at step 1: expected a finite number"):
+        train_codes(backend, make_batches(backend), CONFIG, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_nothing_to_train(build, tmp_path):
+    backend = build(freeze_backbone=True)
+    with pytest.raises(ValueError, match="parameters to train"):
+        train_codes(backend, make_batches(backend), CONFIG, output_dir=tmp_path / "run")
+
+
+def test_frozen_parts_stay(build, tmp_path):
+    backend = build(freeze_vision=True)
+    before = [p.clone() for p in backend.core.vision_parameters()]
+    train_codes(backend, make_batches(backend), replace(CONFIG, steps=2), output_dir=tmp_path / "run")
+    assert all(torch.equal(a, b) for a, b in zip(before, backend.core.vision_parameters(), strict=True))
+
+
+def test_mixed_precision(build, tmp_path):
+    backend = build()
+    batches = make_batches(backend)
+    config = replace(CONFIG, steps=2, dtype="bfloat16", log_freq=1, eval_freq=1)
+    result = train_codes(backend, batches, config, output_dir=tmp_path / "run", eval_batches=batches[:1])
+    assert result.is_finished
+    assert backend.core.model.dtype == torch.float32  # the weights stay as they are
+    assert all(record["loss"] > 0 for record in read_metrics(tmp_path / "run") if "loss" in record)
+
+
+def test_learning_rate():
+    config = CodeTrainingConfig(steps=100, lr=2.0, warmup_steps=10)
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9] == rates[10] == pytest.approx(2.0)
+    assert rates[55] == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[-1] < 0.01
+    assert learning_rate(replace(config, warmup_steps=0), 0) == 2.0
+    assert learning_rate(replace(config, warmup_steps=200), 99) == pytest.approx(1.0)
+
+
+def test_what_is_due():
+    assert [step for step in range(1, 11) if is_due(step, 4, 10)] == [4, 8, 10]
+    assert [step for step in range(1, 11) if is_due(step, 0, 10)] == [10]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"steps": 0}, {"lr": 0.0}, {"warmup_steps": -1}, {"dtype": "int8"}, {"log_freq": 0}, {"grad_clip_norm": 0.0}],
+)
+def test_settings_out_of_range(settings):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))}: expected"):
+        CodeTrainingConfig(**settings)
