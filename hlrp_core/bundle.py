@@ -129,7 +129,7 @@ def unique_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def save_tensors(tensors: dict[str, Tensor], folder: str | Path) -> None:
-    """Write a backend's weights, by the names of `unique_names`, beside its parts; their hash goes into the manifest."""
+    """Write a backend's weights, by the names of `unique_names`, beside its parts; the manifest gets their hash."""
     folder = Path(folder)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

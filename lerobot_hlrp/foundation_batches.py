@@ -140,7 +140,7 @@ def spread(items: Tensor, most: int) -> Tensor:
 
 def frame_indices(dataset: LeRobotDataset) -> Tensor:
     """Global frame index of each item."""
-    return torch.from_numpy(dataset.hf_dataset.data.column("index").to_numpy())
+    return torch.tensor(dataset.hf_dataset.data.column("index").to_numpy())
 
 
 def count_training_codes(

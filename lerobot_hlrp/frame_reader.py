@@ -1,6 +1,6 @@
 """Frames of one camera, episode by episode, each decoded once: what stage 1 reads.
 
-`read_episode_frames` is the fast way; `read_frame` goes through LeRobot's own items and is the slow twin that the tests
+`EpisodeFrames` is the fast way; `read_frame` goes through LeRobot's own items and is the slow twin that the tests
 hold it equal to.
 
 Shape legend: n frames of an episode, H W image size, A action width.
@@ -9,7 +9,6 @@ Shape legend: n frames of an episode, H W image size, A action width.
 from __future__ import annotations
 
 import io
-from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -44,31 +43,50 @@ def choose_camera(meta: LeRobotDatasetMetadata, camera: str | None) -> str:
     return by_name[camera]
 
 
-def read_episode_frames(dataset: LeRobotDataset, camera: str, episode: int) -> np.ndarray:
-    """All frames `[n, H, W, 3]` uint8 of one episode, in order."""
-    meta = dataset.meta
-    first, last = meta.episodes["dataset_from_index"][episode], meta.episodes["dataset_to_index"][episode]
-    if camera in meta.video_keys:
-        return _read_video(dataset, camera, episode, last - first)
-    cells = dataset.hf_dataset.data.column(camera).slice(first, last - first).to_pylist()
-    with ThreadPoolExecutor(max_workers=2) as pool:  # PNG decoding leaves Python's lock
-        return np.stack(list(pool.map(_decode_image, cells)))
+class EpisodeFrames:
+    """The frames of one camera, by episode.
+
+    Args:
+        dataset: LeRobot's, of all its episodes.
+        camera: key of the camera.
+    """
+
+    def __init__(self, dataset: LeRobotDataset, camera: str):
+        self.dataset = dataset
+        self.camera = camera
+        self.is_video = camera in dataset.meta.video_keys
+        episodes = dataset.meta.episodes  # every look at a column converts all of it: once is enough
+        self.first_rows: list[int] = episodes["dataset_from_index"][:]
+        self.lengths: list[int] = episodes["length"][:]
+        if self.is_video:
+            self._start_times: list[float] = episodes[f"videos/{camera}/from_timestamp"][:]
+        else:
+            self._images = dataset.hf_dataset.data.column(camera)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def read(self, episode: int) -> np.ndarray:
+        """All frames `[n, H, W, 3]` uint8 of one episode, in order."""
+        if self.is_video:
+            return self._read_video(episode)
+        cells = self._images.slice(self.first_rows[episode], self.lengths[episode]).to_pylist()
+        return np.stack([_decode_image(cell) for cell in cells])
+
+    def _read_video(self, episode: int) -> np.ndarray:
+        from lerobot.datasets.video_utils import decode_video_frames
+
+        meta = self.dataset.meta
+        start = self._start_times[episode]
+        timestamps = [start + i / meta.fps for i in range(self.lengths[episode])]
+        path = self.dataset.root / meta.get_video_file_path(episode, self.camera)
+        images = decode_video_frames(path, timestamps, self.dataset.tolerance_s, return_uint8=True)  # (n, 3, H, W)
+        return images.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _decode_image(cell: dict) -> np.ndarray:
     source = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
     return np.asarray(Image.open(source).convert("RGB"))
-
-
-def _read_video(dataset: LeRobotDataset, camera: str, episode: int, num_frames: int) -> np.ndarray:
-    from lerobot.datasets.video_utils import decode_video_frames
-
-    meta = dataset.meta
-    start = meta.episodes[f"videos/{camera}/from_timestamp"][episode]
-    timestamps = [start + i / meta.fps for i in range(num_frames)]
-    path = dataset.root / meta.get_video_file_path(episode, camera)
-    images = decode_video_frames(path, timestamps, dataset.tolerance_s, return_uint8=True)  # (n, 3, H, W)
-    return images.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def read_frame(dataset: LeRobotDataset, camera: str, index: int) -> np.ndarray:

@@ -40,7 +40,7 @@ class LabelSource(Protocol):
     """
 
     title: str
-    laq_id: str | None
+    laq_id: str
     facts: dict[str, Any]
     span: int
 

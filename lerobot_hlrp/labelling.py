@@ -19,7 +19,7 @@ from hlrp_core.laq.pairs import tuple_starts
 from hlrp_core.laq.quantizer import LatentActionQuantizer
 from hlrp_core.run_folder import StopRequest, read_json, write_json
 from lerobot_hlrp.fingerprint import dataset_fingerprint
-from lerobot_hlrp.frame_reader import read_episode_frames
+from lerobot_hlrp.frame_reader import EpisodeFrames
 
 if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDataset
@@ -81,24 +81,22 @@ def label_dataset(
         ValueError: no episode is as long as the frame gap.
     """
     meta = dataset.meta
-    lengths = list(meta.episodes["length"])
-    tuple_starts(lengths, frame_gap=laq.frame_gap, num_frames=laq.config.num_frames)  # fails on too large a gap
+    source = EpisodeFrames(dataset, camera)
+    tuple_starts(source.lengths, frame_gap=laq.frame_gap, num_frames=laq.config.num_frames)  # fails on too large a gap
     fingerprint, laq_hash = dataset_fingerprint(meta), laq.weights_hash()
     identity = hashlib.sha256(f"{fingerprint}{laq_hash}{camera}".encode()).hexdigest()
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = PartialTable(output, identity, (meta.total_frames, laq.code_seq_len))
-    starts = meta.episodes["dataset_from_index"]
-    laq.eval()
-    episodes = range(partial.num_episodes, len(lengths))
+    episodes = range(partial.num_episodes, len(source))
     encoder = BatchedEncoder(laq, partial, batch_size)
     with StopRequest() as stop, tqdm(episodes, unit="episode", desc="Labelling") as progress:
         for episode in progress:
-            encoder.add(read_episode_frames(dataset, camera, episode), first_row=starts[episode])
+            encoder.add(source.read(episode), first_row=source.first_rows[episode])
             partial.num_episodes = episode + 1
             if partial.num_episodes % save_every == 0 or stop.requested:
                 encoder.flush()
                 partial.save()
-            if stop.requested and partial.num_episodes < len(lengths):
+            if stop.requested and partial.num_episodes < len(source):
                 print(f"Stopped after {partial.num_episodes} episodes. Run the same command again to continue.")
                 return None
         encoder.flush()

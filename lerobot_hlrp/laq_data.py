@@ -18,7 +18,7 @@ from hlrp_core.laq.config import LAQConfig
 from hlrp_core.laq.pairs import FrameTuples, tuple_starts
 from hlrp_core.run_folder import read_json, write_json
 from lerobot_hlrp.expectation import expect
-from lerobot_hlrp.frame_reader import read_actions, read_episode_frames, resize_frames
+from lerobot_hlrp.frame_reader import EpisodeFrames, read_actions, resize_frames
 
 if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDataset
@@ -39,10 +39,10 @@ def cache_frames(dataset: LeRobotDataset, camera: str, size: int, path: Path, *,
     done = progress["episodes"] if fits else 0
     shape = (meta.total_frames, size, size, 3)
     frames = np.lib.format.open_memmap(path, mode="r+" if fits else "w+", dtype=np.uint8, shape=None if fits else shape)
-    starts = meta.episodes["dataset_from_index"]
-    for episode in tqdm(range(done, meta.total_episodes), unit="episode", desc="Decoding frames"):
-        images = resize_frames(read_episode_frames(dataset, camera, episode), size)
-        frames[starts[episode] : starts[episode] + len(images)] = images
+    episodes = EpisodeFrames(dataset, camera)
+    for episode in tqdm(range(done, len(episodes)), unit="episode", desc="Decoding frames"):
+        images = resize_frames(episodes.read(episode), size)
+        frames[episodes.first_rows[episode] : episodes.first_rows[episode] + len(images)] = images
         if episode % 200 == 199 or episode == meta.total_episodes - 1:
             frames.flush()
             write_json(progress_path, {**wanted, "episodes": episode + 1})
@@ -70,7 +70,7 @@ def build_frame_tuples(
     dataset: LeRobotDataset, frames: np.ndarray, config: LAQConfig, *, eval_share: float
 ) -> tuple[FrameTuples, FrameTuples]:
     """Training and held-out tuples, split by whole episodes. Actions, where there are any, only serve the probe."""
-    lengths = list(dataset.meta.episodes["length"])
+    lengths = dataset.meta.episodes["length"][:]
     starts = tuple_starts(lengths, frame_gap=config.frame_gap, num_frames=config.num_frames)
     num_train = split_episodes(len(lengths), eval_share)
     actions = read_actions(dataset)

@@ -98,12 +98,15 @@ class HLRPPolicy(PreTrainedPolicy):
             reduction: `mean` for a scalar, `none` for `[B]`.
         """
         expect_choice("reduction", reduction, ("mean", "none"))
-        output = self.backend.loss_from_batch(self.reader.read_training(batch), mode=BackendMode(self.config.mode))
+        labelled = self.reader.read_training(batch)
+        output = self.backend.loss_from_batch(labelled, mode=BackendMode(self.config.mode))
         loss = output.loss if reduction == "mean" else output.per_sample
         assert loss is not None
-        # Always the same keys: LeRobot reduces them over processes by position. A batch without any label repeats the
-        # last value of what it could not measure.
-        self._metrics |= output.metrics
+        # Always the same keys: LeRobot reduces them over processes by position. What a batch has no label for keeps its
+        # last value; the loss of 0 that it adds would only pull the logged average down.
+        masks = {"codes_loss": labelled.codes_mask(), "actions_loss": labelled.actions_mask()}
+        is_measured = {name: bool(mask.any()) for name, mask in masks.items()}
+        self._metrics |= {name: x for name, x in output.metrics.items() if is_measured.get(name, True)}
         return loss, dict(self._metrics)
 
     def get_optim_params(self) -> Any:
@@ -293,5 +296,7 @@ def _claim_action_episodes(config: HLRPConfig, meta: LeRobotDatasetMetadata) -> 
     if episodes is not None:
         restrict_statistics(meta, episodes)
         logger.info("Actions supervise in %d of %d episodes: %s", len(episodes), meta.total_episodes, episodes)
+        if "codes" not in config.objectives:
+            logger.info("The others teach nothing in mode=actions; --dataset.episodes=<the same list> leaves them out.")
     check_statistics(meta.stats, config.normalized_features(), config.normalization_mapping)
     return episodes

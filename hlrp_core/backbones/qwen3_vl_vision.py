@@ -27,7 +27,7 @@ def cache_grid_tables(visual: Qwen3VLVisionModel) -> None:
     visual.__class__ = CachedGridVisionModel
     visual._grid_tables = {}  # type: ignore[attr-defined]
     for block in visual.blocks:
-        block.attn.__class__ = BatchedVisionAttention
+        block.attn.__class__ = BatchedVisionAttention  # type: ignore[assignment]
 
 
 class CachedGridVisionModel(Qwen3VLVisionModel):
@@ -107,7 +107,10 @@ class BatchedVisionAttention(Qwen3VLVisionAttention):
         assert position_embeddings is not None
         query, key, value = self.qkv(hidden_states).view(num_patches, 3, self.num_heads, -1).unbind(1)
         query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation,  # type: ignore[arg-type]
+            eager_attention_forward,
+        )
         query, key, value = (
             x.view(num_images, image_len, self.num_heads, -1).transpose(1, 2) for x in (query, key, value)
         )  # (N, heads, P, head width)

@@ -156,7 +156,7 @@ def _qwen3_vl_model(processor: ProcessorMixin, size: str, num_embeddings: int) -
     # its input, and learning from scratch takes three times the steps; 1 / sqrt(width) keeps the scale.
     init, vision_init = width**-0.5, v_width**-0.5
     config = Qwen3VLConfig(
-        text_config={
+        text_config={  # type: ignore[call-arg]
             "vocab_size": num_embeddings,
             "hidden_size": width,
             "intermediate_size": mlp,
@@ -176,7 +176,7 @@ def _qwen3_vl_model(processor: ProcessorMixin, size: str, num_embeddings: int) -
             "pad_token_id": processor.tokenizer.pad_token_id,  # type: ignore[attr-defined]
             "eos_token_id": processor.tokenizer.eos_token_id,  # type: ignore[attr-defined]
         },
-        vision_config={
+        vision_config={  # type: ignore[call-arg]
             "depth": v_layers,
             "hidden_size": v_width,
             "intermediate_size": 4 * v_width,
@@ -189,11 +189,11 @@ def _qwen3_vl_model(processor: ProcessorMixin, size: str, num_embeddings: int) -
             "initializer_range": vision_init,
             "deepstack_visual_indexes": deepstack,
         },
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
-        tie_word_embeddings=True,
+        image_token_id=ids("<|image_pad|>"),  # type: ignore[call-arg]
+        video_token_id=ids("<|video_pad|>"),  # type: ignore[call-arg]
+        vision_start_token_id=ids("<|vision_start|>"),  # type: ignore[call-arg]
+        vision_end_token_id=ids("<|vision_end|>"),  # type: ignore[call-arg]
+        tie_word_embeddings=True,  # type: ignore[call-arg]
     )
     return Qwen3VLForConditionalGeneration(config)
 
@@ -233,10 +233,7 @@ def write_random_checkpoint(
         raise ValueError(
             f"folder: expected a new or empty one, got {folder} with files in it. Next step: name another or delete it."
         )
-    if processor is None:
-        made = _PROCESSORS[family](*_DEFAULT_IMAGE[size])
-    else:
-        made = AutoProcessor.from_pretrained(processor)
+    made = _PROCESSORS[family](*_DEFAULT_IMAGE[size]) if processor is None else _load_processor(processor)
     # a multiple of 64 with room for small codebooks, as real checkpoints have it
     num_embeddings = -(-(len(made.tokenizer) + 32) // 64) * 64  # type: ignore[attr-defined]
     with torch.random.fork_rng(devices=[]):
@@ -254,6 +251,15 @@ def write_random_checkpoint(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _load_processor(folder: str | Path) -> ProcessorMixin:
+    if not Path(folder).is_dir():
+        raise ValueError(
+            f"processor: expected a folder with a published processor's files, got {folder}, which is none. "
+            "Next step: check the path, or leave it out to get a small processor."
+        )
+    return AutoProcessor.from_pretrained(folder)
 
 
 def describe_checkpoint(folder: str | Path) -> str:

@@ -315,8 +315,9 @@ class ComposedBackend(nn.Module):
         codes, mask = batch.target_codes.to(self.core.device), batch.codes_mask().to(self.core.device)
         if codes.shape[1] != self.code_seq_len:
             raise ValueError(
-                f"target_codes: expected [B, {self.code_seq_len}] (the backend's code_seq_len), got {tuple(codes.shape)}. "
-                "Next step: label with a LAQ of this code length, or build the backend with the table's."
+                f"target_codes: expected [B, {self.code_seq_len}] (the backend's code_seq_len), got "
+                f"{tuple(codes.shape)}. Next step: label with a LAQ of this code length, or build the backend with the "
+                "table's."
             )
         codes = torch.where(mask[:, None], codes, torch.zeros_like(codes))
         low, high = codes.aminmax()
@@ -331,4 +332,4 @@ class ComposedBackend(nn.Module):
 def detach_cache(cache: DynamicCache) -> None:
     """Cut a cache off the graph: codes decoded from it are inputs, not something to learn through."""
     for layer in cache.layers:
-        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()  # type: ignore[union-attr]

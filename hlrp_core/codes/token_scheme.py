@@ -91,13 +91,13 @@ def add_code_tokens(tokenizer: PreTrainedTokenizerBase, scheme: TokenSchemeConfi
         if len(present) < len(names) or not in_order or any(name not in special for name in names):
             raise ValueError(
                 f"tokenizer: expected none or all of {len(names)} code tokens ({names[0]}, ..., {names[-1]}) as "
-                f"special tokens with consecutive ids, got {len(present)} of them ({present[0]}, ...). Next step: choose other "
-                "names in the token scheme, or use the original tokenizer."
+                f"special tokens with consecutive ids, got {len(present)} of them ({present[0]}, ...). "
+                "Next step: choose other names in the token scheme, or use the original tokenizer."
             )
         return 0
     # special=True is what lets `split_special_tokens` keep a user's "<ACT_3>" plain text
     tokens = [AddedToken(name, special=True, normalized=False) for name in names]
-    return tokenizer.add_tokens(tokens, special_tokens=True)
+    return tokenizer.add_tokens(tokens, special_tokens=True)  # type: ignore[arg-type]
 
 
 class CodeVocabulary:

@@ -13,6 +13,7 @@ D width of a code vector, K codebook size.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -94,6 +95,20 @@ class LatentActionQuantizer(
             source=from_signed(source),
             codes=codes.view(len(frames), -1),
         )
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Measure the latents' mean and spread anew on batches of frames: running averages lag behind the weights."""
+        if not self.quantizer.is_fsq:
+            return
+        centre = self.quantizer.centre
+        momentum, centre.momentum = centre.momentum, None  # a plain average over all batches
+        centre.reset_running_stats()
+        self.train()
+        for frames in batches:
+            self.quantizer(self.encoder(*self._transitions(self.prepare(frames))))
+        centre.momentum = momentum
+        self.eval()
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:

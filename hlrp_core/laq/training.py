@@ -10,7 +10,7 @@ A run that was stopped or killed continues from its newest checkpoint; its batch
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,7 @@ def train_laq(
             if stop.requested and step < config.steps:
                 print(f"Stopped after step {step} of {config.steps}. Run the same command again to continue.")
                 return None
+    laq.calibrate(_calibration_batches(train, accelerator.device))
     figures = measure_laq(laq, train, held_out.spread(config.max_eval_pairs))
     laq.save_pretrained(output_dir)
     write_json(output_dir / FINAL_METRICS, figures)
@@ -232,8 +233,10 @@ def make_random_laq(config: LAQConfig, tuples: FrameTuples, *, seed: int = 1) ->
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        laq = LatentActionQuantizer(config).train()
-        with torch.no_grad():
-            for step in range(20):
-                laq(tuples.sample(256, seed=seed, step=step))
+        laq = LatentActionQuantizer(config)
+    laq.calibrate(_calibration_batches(tuples, torch.device("cpu")))
     return laq.eval()
+
+
+def _calibration_batches(tuples: FrameTuples, device: torch.device) -> Iterator[Tensor]:
+    return (frames.to(device) for frames in tuples.spread(4096).batches(256))

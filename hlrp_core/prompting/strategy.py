@@ -128,8 +128,8 @@ class PromptingStrategy(abc.ABC):
         output = self.core.processor(  # type: ignore[operator]
             text=[text] * size,
             images=self.core.images_for_processor(flat, num_views),
-            padding=True,
-            return_tensors="pt",
+            padding=True,  # type: ignore[call-arg]
+            return_tensors="pt",  # type: ignore[call-arg]
         )
         inputs = self.core.image_inputs_from_processor(output)
         prompts = []

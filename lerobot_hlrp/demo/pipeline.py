@@ -86,7 +86,12 @@ class Pipeline:
 
     def _train_laq(self) -> Step:
         preset = self.preset
-        command = ["hlrp-laq-train", *self._dataset(), f"--output_dir={self.laq}", f"--laq.frame_gap={preset.frame_gap}"]
+        command = [
+            "hlrp-laq-train",
+            *self._dataset(),
+            f"--output_dir={self.laq}",
+            f"--laq.frame_gap={preset.frame_gap}",
+        ]
         command += [f"--laq.codebook_size={preset.codebook_size}", f"--laq.code_seq_len={preset.code_seq_len}"]
         command += [f"--steps={preset.laq_steps}", f"--batch_size={preset.laq_batch_size}"]
         title = "Stage 1: train the latent-action quantiser on frame pairs (no actions)"

@@ -1,4 +1,4 @@
-"""The loss on labelled positions alone = the language model's loss over full `[B, L, V]` logits with -100 on the prompt."""
+"""The loss on labelled positions alone = the loss over full `[B, L, V]` logits with -100 on the prompt."""
 
 from __future__ import annotations
 

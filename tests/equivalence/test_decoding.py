@@ -21,10 +21,7 @@ SMALLEST_GAP = 1e-3  # of the two best logits: far above rounding, so that equal
 
 
 def fit(backend: ComposedBackend, *, steps: int = 36) -> FoundationBatch:
-    """Learn codes that the words decide, until the prompts get different ones; returns the batch of all prompts.
-
-    Larger initial weights tell the prompts apart from the start, which saves hundreds of steps.
-    """
+    """Learn codes that the words decide, until the prompts get different ones; returns the batch of all prompts."""
     K, S = backend.codebook_size, backend.code_seq_len
     colour, thing = torch.arange(len(PROMPTS)) // len(THINGS), torch.arange(len(PROMPTS)) % len(THINGS)
     codes = [colour * 31 + 7 * slot if slot % 2 == 0 else thing * 13 + 5 * slot for slot in range(S)]
@@ -33,10 +30,6 @@ def fit(backend: ComposedBackend, *, steps: int = 36) -> FoundationBatch:
         instructions=PROMPTS,
         target_codes=torch.stack(codes, dim=1) % K,
     )
-    with torch.no_grad():
-        for parameter in backend.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(5)
     optimizer = torch.optim.AdamW(backend.parameters(), lr=3e-3)
     for _ in range(steps):
         backend.train().loss_from_batch(batch, mode=BackendMode.CODES).loss.backward()

@@ -16,7 +16,7 @@ INSTRUCTIONS = [
     "",
     "Push the green block to the blue corner, slowly; then wait 3.5 s & stop.",
     "  leading and trailing  ",
-    "schieb den grünen Würfel ‑ 把红色的圆盘推到左边 🤖",
+    "schieb den grünen Würfel: 把红色的圆盘推到左边 🤖",
     "a <ACT_3> <|im_start|> <|image_pad|> <image>",
 ]
 SETTINGS = {

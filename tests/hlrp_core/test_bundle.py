@@ -306,7 +306,7 @@ def test_a_new_action_head_on_old_weights_starts_fresh_and_is_listed(make_tiny_b
     save_pretrained(backend, tmp_path / "codes")
     head = ActionHeadConfig(kind="mlp", hidden_dim=32, num_layers=1, code_conditioning="tokens")
     grown = build_saved_backend(tmp_path / "codes", config=replace(backend.config, action_head=head))
-    with pytest.raises(BundleError, match="missing .*action_head"):
+    with pytest.raises(BundleError, match=r"missing .*action_head"):
         load_tensors(grown, tmp_path / "codes" / WEIGHTS)
     with caplog.at_level("INFO"):
         fresh = load_tensors(grown, tmp_path / "codes" / WEIGHTS, new_parts=("action_head.",))

@@ -1,6 +1,7 @@
 """Who may import whom, read from the source.
 
-    run_folder, contract -> backbones, prompting, codes, heads, laq -> backends, registry -> bundle, training -> lerobot_hlrp
+    run_folder, contract -> backbones, prompting, codes, heads, laq -> backends, registry -> bundle, training
+    -> lerobot_hlrp
 
 Nothing in `hlrp_core` knows LeRobot, and the tabletop knows neither LeRobot nor torch.
 """

@@ -23,7 +23,7 @@ def test_names():
 def test_an_unknown_name_offers_the_closest(wrong, close):
     with pytest.raises(ValueError, match=rf"expected one of .*qwen_chat.*got '{wrong}'. Did you mean '{close}'"):
         make_backend(wrong, backbone="x", **SIZES)
-    with pytest.raises(ValueError, match="got 'zzzz'.$"):
+    with pytest.raises(ValueError, match=r"got 'zzzz'.$"):
         get_recipe("zzzz")
 
 
@@ -54,14 +54,14 @@ def test_a_backend_of_ones_own(monkeypatch, tiny_qwen):
 def test_a_backbone_that_is_none(tmp_path, tiny_qwen):
     with pytest.raises(ValueError, match=r"backbone: expected a folder.*no folder.*hlrp-backbone"):
         make_backend("qwen_chat", backbone=tmp_path / "nowhere", **SIZES)
-    with pytest.raises(ValueError, match="backbone: expected .*Next step"):
+    with pytest.raises(ValueError, match=r"backbone: expected .*Next step"):
         make_backend("qwen_chat", backbone=tmp_path, **SIZES)
-    with pytest.raises(ValueError, match="backbone: expected .*Next step"):
+    with pytest.raises(ValueError, match=r"backbone: expected .*Next step"):
         make_backend("qwen_chat", backbone="nobody/no-such-model", **SIZES)
     other = shutil.copytree(tiny_qwen, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
-    with pytest.raises(ValueError, match="qwen3_vl family.*got model_type 'llama'"):
+    with pytest.raises(ValueError, match=r"qwen3_vl family.*got model_type 'llama'"):
         make_backend("qwen_chat", backbone=other, **SIZES)
 
 

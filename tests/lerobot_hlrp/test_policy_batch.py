@@ -125,6 +125,15 @@ def test_all_ranks_report_the_same_metrics(make_tiny_policy, make_lerobot_batch,
     assert list(policy(make_lerobot_batch())[1]) == list(without)
 
 
+def test_a_batch_without_labels_does_not_pull_the_logged_loss_down(make_tiny_policy, make_lerobot_batch):
+    policy = make_tiny_policy(mode="actions").train()
+    before = policy(make_lerobot_batch())[1]
+    policy.reader.action_episodes = torch.tensor([99])
+    loss, metrics = policy(make_lerobot_batch())
+    assert loss == 0
+    assert metrics == before
+
+
 def test_further_cameras_are_seen_at_time_t(make_tiny_policy, make_lerobot_batch, listed_labels):
     policy = make_tiny_policy(mode="codes", labels=listed_labels([[1, 2, 3, 4]] * 3)).eval()
     batch = make_lerobot_batch(num_frames=2)

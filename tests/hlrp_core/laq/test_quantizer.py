@@ -97,7 +97,8 @@ def test_saved_and_loaded_in_another_process_the_codes_are_equal(tmp_path: Path)
     script = (
         "import sys, torch; from hlrp_core.laq.quantizer import LatentActionQuantizer\n"
         f"laq = LatentActionQuantizer.from_pretrained({str(tmp_path / 'laq')!r})\n"
-        "frames = torch.randint(0, 256, (4, 2, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))\n"
+        "generator = torch.Generator().manual_seed(3)\n"
+        "frames = torch.randint(0, 256, (4, 2, 16, 16, 3), dtype=torch.uint8, generator=generator)\n"
         "print(laq.encode(frames).tolist(), laq.weights_hash())"
     )
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout

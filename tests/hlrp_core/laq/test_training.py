@@ -49,19 +49,19 @@ def test_a_killed_run_continues_to_the_same_weights(square_tuples, tmp_path, mon
     whole = new_laq()
     train_laq(whole, train, held_out, config, output_dir=tmp_path / "whole")
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     sample = FrameTuples.sample
 
     def kill_at_five(self, batch_size, *, seed, step):
         if step == 4:
-            raise Killed
+            raise KilledError
         return sample(self, batch_size, seed=seed, step=step)
 
     with monkeypatch.context() as patch:
         patch.setattr(FrameTuples, "sample", kill_at_five)
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             train_laq(new_laq(), train, held_out, config, output_dir=tmp_path / "killed")
     continued = new_laq()
     train_laq(continued, train, held_out, config, output_dir=tmp_path / "killed")
@@ -78,7 +78,7 @@ def test_another_run_in_the_same_folder_is_refused(square_tuples, tmp_path):
 
 def test_collapse_is_an_error_that_says_what_to_change():
     use = measure_codebook_use(torch.zeros(50, 4, dtype=torch.long), 8)
-    with pytest.raises(CodebookCollapseError, match="collapsed.*quantizer=fsq"):
+    with pytest.raises(CodebookCollapseError, match=r"collapsed.*quantizer=fsq"):
         check_no_collapse(use, 8)
 
 
@@ -113,5 +113,5 @@ def test_tuples_stay_within_their_episode():
 
 
 def test_a_gap_longer_than_every_episode_is_refused():
-    with pytest.raises(ValueError, match="frame_gap: expected .* got episodes of at most 5 frames"):
+    with pytest.raises(ValueError, match=r"frame_gap: expected .* got episodes of at most 5 frames"):
         tuple_starts([5, 3], frame_gap=5)

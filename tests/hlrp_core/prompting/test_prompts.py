@@ -88,14 +88,17 @@ def test_chat_wording(build):
     )
     assert read(full, "open the door") == (
         "<|im_start|>system\nYou are a robot.<|im_end|>\n"
-        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>move left -> done\nTask: open the door!<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
+        "move left -> done\nTask: open the door!<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
 
 
 def test_plain_wording(build):
     assert read(build(PLAIN), "open the door") == "open the door<|vision_start|><|image_pad|><|vision_end|>\n"
-    full = build(PLAIN, system="SYS", few_shot="FEW", instruction_template="Q: {instruction} A:", image_position="before")
+    full = build(
+        PLAIN, system="SYS", few_shot="FEW", instruction_template="Q: {instruction} A:", image_position="before"
+    )
     assert read(full, "go") == "SYS\nFEW\n<|vision_start|><|image_pad|><|vision_end|>Q: go A:\n"
 
 

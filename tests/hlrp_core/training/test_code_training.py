@@ -97,9 +97,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(build, tmp_path):
 
     torch.manual_seed(99)
     with pytest.raises(RuntimeError, match="power failure"):
-        train_codes(
-            build(), Power(batches, 5), CONFIG, output_dir=tmp_path / "killed", eval_batches=batches[:1]
-        )
+        train_codes(build(), Power(batches, 5), CONFIG, output_dir=tmp_path / "killed", eval_batches=batches[:1])
     assert (tmp_path / "killed" / "checkpoints" / "last").resolve().name == "000004"
     torch.manual_seed(123)
     fresh = build(seed=17)  # its weights come from the checkpoint
@@ -142,7 +140,7 @@ def test_another_run_is_not_continued(build, tmp_path):
     for change in ({"steps": 2}, {"lr": 0.5}, {"seed": 4}):
         with pytest.raises(ValueError, match="settings with which its run was started"):
             train_codes(build(), batches, replace(short, **change), output_dir=tmp_path / "run", settings={"data": "a"})
-    with pytest.raises(ValueError, match="data='a'.*got data='b'"):
+    with pytest.raises(ValueError, match=r"data='a'.*got data='b'"):
         train_codes(build(), batches, short, output_dir=tmp_path / "run", settings={"data": "b"})
     with pytest.raises(ValueError, match="backend"):
         train_codes(build("qwen_chat"), batches, short, output_dir=tmp_path / "run", settings={"data": "a"})

@@ -1,0 +1,179 @@
+"""hlrp-laq-train and hlrp-label on a real dataset: fast reading equals LeRobot's own, labels equal the LAQ's codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lerobot.configs.default import DatasetConfig
+from lerobot.datasets import LeRobotDataset
+
+from hlrp_core.laq.code_table import CodeTable
+from hlrp_core.laq.config import LAQConfig
+from hlrp_core.laq.quantizer import LatentActionQuantizer
+from lerobot_hlrp.cli.label import LabelCommand, label
+from lerobot_hlrp.cli.laq_train import TrainLAQCommand, train
+from lerobot_hlrp.fingerprint import dataset_fingerprint
+from lerobot_hlrp.frame_reader import EpisodeFrames, choose_camera, read_actions, read_frame
+from lerobot_hlrp.laq_data import build_frame_tuples, cache_frames
+from lerobot_hlrp.labelling import PartialTable, label_dataset
+
+TINY = LAQConfig(image_size=16, hidden_dim=16, num_layers=1, frame_gap=2, code_seq_len=2)
+
+
+def open_dataset(root: Path) -> LeRobotDataset:
+    return LeRobotDataset("test/tiny", root=root)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a LAQ that the command trained on a dataset with actions."""
+    output = tmp_path_factory.mktemp("laq") / "laq"
+    command = TrainLAQCommand(
+        dataset=DatasetConfig(repo_id="test/tiny", root=str(tiny_dataset)),
+        output_dir=output,
+        laq=TINY,
+        steps=4,
+        batch_size=4,
+        log_freq=2,
+        eval_share=0.25,
+    )
+    assert train(command) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def labelled(trained: Path, tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("codes") / "codes.safetensors"
+    dataset = DatasetConfig(repo_id="test/tiny", root=str(tiny_dataset))
+    assert label(LabelCommand(laq=str(trained), dataset=dataset, output=output, batch_size=5, device="cpu")) == 0
+    return output
+
+
+def test_training_leaves_the_laq_its_figures_and_pictures(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.json", "model.safetensors", "metrics.json", "reconstructions.png", "code_usage.png"} <= names
+    assert "frames.npy" not in names
+    assert LatentActionQuantizer.from_pretrained(trained).frame_gap == 2
+
+
+def test_fast_reading_equals_lerobots_items(tiny_dataset):
+    dataset = open_dataset(tiny_dataset)
+    camera = choose_camera(dataset.meta, None)
+    episodes = EpisodeFrames(dataset, camera)
+    frames = [frame for episode in range(len(episodes)) for frame in episodes.read(episode)]
+    assert len(frames) == len(dataset)
+    for index, frame in enumerate(frames):
+        np.testing.assert_array_equal(frame, read_frame(dataset, camera, index))
+
+
+def test_labels_are_the_codes_of_lerobots_pairs(labelled, trained, tiny_dataset):
+    laq = LatentActionQuantizer.from_pretrained(trained)
+    dataset, table = open_dataset(tiny_dataset), CodeTable.load(labelled)
+    camera = choose_camera(dataset.meta, None)
+    episodes = dataset.hf_dataset["episode_index"]
+    for index in range(len(dataset)):
+        stays = index + 2 < len(dataset) and episodes[index + 2] == episodes[index]
+        codes, valid = table.lookup(torch.tensor([index]))
+        assert bool(valid) == stays
+        if stays:
+            pair = np.stack([read_frame(dataset, camera, index), read_frame(dataset, camera, index + 2)])
+            assert torch.equal(codes, laq.encode(torch.from_numpy(pair)[None]))
+
+
+def test_the_table_knows_its_dataset_also_after_a_move(labelled, tiny_dataset, tiny_videos, tmp_path):
+    import shutil
+
+    table = CodeTable.load(labelled)
+    moved = open_dataset(Path(shutil.copytree(tiny_dataset, tmp_path / "moved"))).meta
+    assert dataset_fingerprint(moved) == table.header.dataset_fingerprint
+    assert dataset_fingerprint(open_dataset(tiny_videos).meta) != table.header.dataset_fingerprint
+
+
+def test_a_killed_labelling_continues_to_the_same_table(labelled, trained, tiny_dataset, tmp_path, monkeypatch):
+    laq, dataset = LatentActionQuantizer.from_pretrained(trained), open_dataset(tiny_dataset)
+    camera, output = choose_camera(dataset.meta, None), tmp_path / "codes.safetensors"
+
+    class KilledError(Exception):
+        pass
+
+    read, read_episode = [], EpisodeFrames.read
+
+    def kill_in_third(self, episode):
+        if episode == 2:
+            raise KilledError
+        return read_episode(self, episode)
+
+    def note(self, episode):
+        read.append(episode)
+        return read_episode(self, episode)
+
+    def run(save_every=1):
+        return label_dataset(laq, dataset, camera=camera, laq_id="laq", output=output, save_every=save_every)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EpisodeFrames, "read", kill_in_third)
+        with pytest.raises(KilledError):
+            run()
+    assert not output.exists()
+    monkeypatch.setattr(EpisodeFrames, "read", note)
+    table = run()
+    assert read == [2, 3]
+    whole = CodeTable.load(labelled)
+    assert torch.equal(table.valid, whole.valid)
+    assert torch.equal(table.codes[table.valid], whole.codes[whole.valid].to(table.codes.dtype))
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+
+
+def test_a_partial_table_of_another_laq_is_not_continued(tmp_path):
+    partial = PartialTable(tmp_path / "t", "one", (4, 2))
+    partial.num_episodes = 1
+    partial.save()
+    assert PartialTable(tmp_path / "t", "one", (4, 2)).num_episodes == 1
+    assert PartialTable(tmp_path / "t", "other", (4, 2)).num_episodes == 0
+
+
+def test_a_killed_cache_is_continued(tiny_dataset, tmp_path, monkeypatch):
+    dataset = open_dataset(tiny_dataset)
+    camera = choose_camera(dataset.meta, None)
+    whole = cache_frames(dataset, camera, 16, tmp_path / "a.npy", fingerprint="f")
+    again = cache_frames(dataset, camera, 16, tmp_path / "a.npy", fingerprint="f")
+    np.testing.assert_array_equal(whole, again)
+    other = cache_frames(dataset, camera, 8, tmp_path / "a.npy", fingerprint="f")
+    assert other.shape == (45, 8, 8, 3)
+
+
+def test_video_without_actions_trains_without_probe(tiny_videos, tmp_path):
+    dataset = open_dataset(tiny_videos)
+    frames = cache_frames(dataset, "observation.images.top", 16, tmp_path / "a.npy", fingerprint="f")
+    training, held_out = build_frame_tuples(dataset, frames, TINY, eval_share=0.25)
+    assert training.motion is None
+    assert held_out.motion is None
+    assert read_actions(dataset) is None
+
+
+def test_motion_is_the_sum_of_the_actions_over_the_gap(tiny_dataset, tmp_path):
+    dataset = open_dataset(tiny_dataset)
+    frames = cache_frames(dataset, "observation.images.top", 16, tmp_path / "a.npy", fingerprint="f")
+    training, _ = build_frame_tuples(dataset, frames, TINY, eval_share=0.25)
+    actions = read_actions(dataset)
+    sums = np.stack([actions[start] + actions[start + 1] for start in training.starts])
+    expected = (sums - sums.mean(0)) / sums.std(0)
+    np.testing.assert_allclose(training.motion, expected, atol=1e-4)
+
+
+def test_an_unknown_camera_offers_the_closest(tiny_dataset):
+    meta = open_dataset(tiny_dataset).meta
+    assert choose_camera(meta, "top") == "observation.images.top"
+    with pytest.raises(ValueError, match=r"expected one of observation.images.top, got tpo.*--camera=top"):
+        choose_camera(meta, "tpo")
+
+
+def test_a_gap_longer_than_every_episode_is_refused(tiny_dataset, tmp_path):
+    laq = LatentActionQuantizer(LAQConfig(image_size=16, hidden_dim=16, num_layers=1, frame_gap=50))
+    with pytest.raises(ValueError, match="frame_gap"):
+        label_dataset(
+            laq, open_dataset(tiny_dataset), camera="observation.images.top", laq_id="x", output=tmp_path / "t"
+        )
