@@ -66,24 +66,28 @@ def evaluate(tier: str, policy_name: str, num_episodes: int, start_seed: int) ->
 
 
 def steps_per_second(tier: str, num_steps: int) -> dict[str, float]:
-    """Rendered steps per second on one core, resets included: random actions, and the expert's actions."""
+    """Rendered steps per second on one core, resets included, with random actions and with the expert's (its planning
+    included). The best of three rounds: other programs only ever make it slower."""
     result = {}
     for name in ("random", "expert"):
         env, rng = TabletopEnv(tier), np.random.default_rng(0)
-        env.reset(seed=0)
-        start = time.perf_counter()
-        for _ in range(num_steps):
-            _, _, terminated, truncated, _ = env.step(POLICIES[name][1](env, rng))
-            if terminated or truncated:
-                env.reset()
-        result[name] = num_steps / (time.perf_counter() - start)
+        rounds = []
+        for _ in range(3):
+            env.reset(seed=0)
+            start = time.perf_counter()
+            for _ in range(num_steps):
+                _, _, terminated, truncated, _ = env.step(POLICIES[name][1](env, rng))
+                if terminated or truncated:
+                    env.reset()
+            rounds.append(num_steps / (time.perf_counter() - start))
+        result[name] = max(rounds)
     return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--episodes", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--start_seed", type=int, default=1000)
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     args = parser.parse_args()

@@ -12,22 +12,29 @@ _COLUMNS = {
     "s": "4854545420", "t": "043f444020", "u": "3c4040207c", "v": "1c2040201c", "w": "3c4030403c", "x": "4428102844",
     "y": "0c5050503c", "z": "4464544c44",
 }  # fmt: skip
-_HEIGHT, _PITCH = 7, 6
+_HEIGHT, _LINE, _PITCH = 7, 9, 6
 
 
-def text_mask(text: str, width: int, height: int, scale: int) -> np.ndarray:
-    """Boolean picture (height, width) of `text`, wrapped and centred; what does not fit is cut off."""
+def text_mask(text: str, width: int, height: int) -> np.ndarray:
+    """Boolean picture (height, width) of `text`, wrapped and centred, in letters of double size if it then fits."""
+    scale = 2
+    lines = _wrap(text, width, scale)
+    if len(lines) * _LINE * scale > height:
+        scale = 1
+        lines = _wrap(text, width, scale)
     mask = np.zeros((height, width), dtype=bool)
-    lines = textwrap.wrap(text, width=max(1, width // (_PITCH * scale)))
-    line_height = (_HEIGHT + 2) * scale
-    top = max(0, (height - line_height * len(lines) + 2 * scale) // 2)
+    top = max(0, (height - _LINE * scale * len(lines)) // 2)
     for number, line in enumerate(lines):
         pixels = np.kron(_line_mask(line), np.ones((scale, scale), dtype=bool))
         left = max(0, (width - pixels.shape[1]) // 2)
-        row = top + number * line_height
+        row = top + number * _LINE * scale
         target = mask[row : row + pixels.shape[0], left : left + pixels.shape[1]]
         target |= pixels[: target.shape[0], : target.shape[1]]
     return mask
+
+
+def _wrap(text: str, width: int, scale: int) -> list[str]:
+    return textwrap.wrap(text, width=max(1, width // (_PITCH * scale)))
 
 
 def _line_mask(line: str) -> np.ndarray:

@@ -127,7 +127,7 @@ class Renderer:
 def caption_image(image: np.ndarray, text: str, height: int = 48) -> np.ndarray:
     """Adds a strip with `text` below an image: (H, W, 3) uint8 -> (H + height, W, 3) uint8."""
     strip = np.full((height, image.shape[1], 3), 250, dtype=np.uint8)
-    strip[text_mask(text, image.shape[1], height, scale=2)] = _INK.astype(np.uint8)
+    strip[text_mask(text, image.shape[1], height)] = _INK.astype(np.uint8)
     return np.concatenate([image, strip])
 
 

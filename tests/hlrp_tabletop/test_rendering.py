@@ -113,6 +113,21 @@ def test_figures_are_not_cut_off_by_their_bounding_box():
     np.testing.assert_array_equal(picture, naive.draw(env.scene))
 
 
+@pytest.mark.parametrize("width", [256, 384])
+def test_every_instruction_fits_below_the_picture(width: int):
+    """Nothing touches the strip's edge, and every letter leaves a mark."""
+    text = "shove the purple triangle into the yellow corner"
+    strip = caption_image(np.zeros((8, width, 3), dtype=np.uint8), text)[8:]
+    mask = strip.max(-1) < 60
+    assert not mask[[0, -1]].any()
+    assert not mask[:, [0, -1]].any()
+    letters = sum(
+        (caption_image(np.zeros((8, width, 3), dtype=np.uint8), letter)[8:].max(-1) < 60).sum() / 4
+        for letter in text.replace(" ", "")
+    )
+    assert mask.sum() in (letters, 4 * letters)
+
+
 def test_video_frame_carries_the_instruction():
     env = TabletopEnv("push", render_size=384)
     env.reset(seed=0)

@@ -1,0 +1,140 @@
+"""One stage-2 training step: vocabulary projection where a label is, against full `[B, L, V]` logits.
+
+    python benchmarks/training_loss.py --output outputs/training_loss.json
+
+Both sides run the same backbone on the same batch, forward and backward, and give the same loss and gradients (printed).
+The reference projects every position onto the vocabulary and takes the cross entropy with -100 on the prompt, as the
+language models of transformers do when they are given labels. The vocabulary is Qwen3-VL's, 151,936 rows. Rounds take
+turns; times are medians. Memory is the peak of a step above what weights, gradients and batch take anyway.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from measuring import describe_machine, extra_peak_bytes, interleaved_ms, print_table, write_result
+from torch import Tensor
+
+from hlrp_core import BackendMode, FoundationBatch, make_backend
+from hlrp_core.backbones.random_checkpoint import write_random_checkpoint
+from hlrp_core.backends.composed import ComposedBackend
+
+VOCABULARY = 151_936
+PROCESSOR = Path(__file__).parents[2] / "shared" / "assets" / "qwen3_vl"
+INSTRUCTIONS = ("reach the red disc", "push the green block to the blue corner, slowly", "open the top drawer", "stop")
+
+
+def build(size: str, processor: Path | None, *, code_seq_len: int, codebook_size: int) -> ComposedBackend:
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_random_checkpoint(Path(name) / "backbone", size=size, processor=processor)
+        sizes = {"code_seq_len": code_seq_len, "codebook_size": codebook_size}
+        backend = make_backend("qwen_chat", backbone=folder, **sizes)
+    if backend.core.lm_head.out_features < VOCABULARY:  # as many rows as the published model has
+        backend.core.model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
+    backend.setup(device=torch.device("cpu"))
+    return backend.train()
+
+
+def full_logits_loss(backend: ComposedBackend, batch: FoundationBatch) -> Tensor:
+    """The plain computation, on the same backbone."""
+    inputs = backend._prompt(batch, for_prediction=False)
+    completion = backend.code_head.completion(batch.target_codes)
+    tokens = inputs.tokens.append(completion)
+    hidden, _ = backend.core(tokens, inputs.images)
+    logits = backend.core.lm_head(hidden).float()  # (B, L, V)
+    labels = torch.full_like(tokens.ids, -100)
+    labels[:, -completion.shape[1] :] = completion  # prompts are padded left
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def our_loss(backend: ComposedBackend, batch: FoundationBatch) -> Tensor:
+    return backend.loss_from_batch(batch, mode=BackendMode.CODES).loss
+
+
+def difference(backend: ComposedBackend, batch: FoundationBatch) -> dict[str, float]:
+    """Of the two losses, and of the gradients relative to the largest of them."""
+    losses, gradients = [], []
+    for loss in (our_loss, full_logits_loss):
+        backend.zero_grad()
+        value = loss(backend, batch)
+        value.backward()
+        losses.append(value.item())
+        gradients.append([p.grad.clone() for p in backend.parameters() if p.grad is not None])
+    largest = max(float(grad.abs().max()) for grad in gradients[1])
+    apart = max(float((a - b).abs().max()) for a, b in zip(*gradients, strict=True))
+    return {"loss_difference": abs(losses[0] - losses[1]), "gradient_difference": apart / largest}
+
+
+def measure(size: str, args: argparse.Namespace) -> dict:
+    backend = build(size, args.processor, code_seq_len=args.code_seq_len, codebook_size=args.codebook_size)
+    rng = torch.Generator().manual_seed(0)
+    B, S, K = args.batch_size, args.code_seq_len, args.codebook_size
+    batch = FoundationBatch(
+        frames=torch.randint(0, 256, (B, 1, args.image_side, args.image_side, 3), generator=rng, dtype=torch.uint8),
+        instructions=[INSTRUCTIONS[i % len(INSTRUCTIONS)] for i in range(B)],
+        target_codes=torch.randint(0, K, (B, S), generator=rng),
+    )
+    result: dict = difference(backend, batch)  # leaves gradients behind: steps add to them and allocate none
+
+    def step(loss) -> None:
+        loss(backend, batch).backward()
+
+    times = interleaved_ms({"ours": lambda: step(our_loss), "full": lambda: step(full_logits_loss)}, rounds=args.rounds)
+    memory = {
+        name: extra_peak_bytes(lambda loss=loss: step(loss))
+        for name, loss in (("ours", our_loss), ("full", full_logits_loss))
+    }
+    tokens = backend._prompt(batch, for_prediction=False).tokens
+    config = backend.core.model.config.text_config
+    return {
+        "hidden": config.hidden_size,
+        "layers": config.num_hidden_layers,
+        "vocabulary": backend.core.lm_head.weight.shape[0],
+        "batch_size": B,
+        "prompt_tokens": tokens.ids.shape[1],
+        "completion_tokens": backend.code_head.completion(batch.target_codes).shape[1],
+        "ours_ms": times["ours"],
+        "full_ms": times["full"],
+        "time_ratio": round(times["full"] / times["ours"], 2),
+        "ours_extra_mb": round(memory["ours"] / 2**20, 1),
+        "full_extra_mb": round(memory["full"] / 2**20, 1),
+        "memory_ratio": round(memory["full"] / memory["ours"], 2),
+        **result,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["tiny"], choices=["tiny", "small"])
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--code_seq_len", type=int, default=4)
+    parser.add_argument("--codebook_size", type=int, default=8)
+    parser.add_argument("--image_side", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--processor",
+        type=Path,
+        default=PROCESSOR if PROCESSOR.is_dir() else None,
+        help="folder of a published processor; by default ../shared/assets/qwen3_vl where it is there, else a small one",
+    )
+    parser.add_argument("--output", type=Path, default=None, help="JSON file")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    machine = describe_machine()
+    print(f"{machine['cpu']}, {machine['cores']} cores, one thread, torch {machine['torch']}, float32")
+    sizes = {size: measure(size, args) for size in args.sizes}
+    names = list(next(iter(sizes.values())))
+    rows = [
+        [name, *(f"{r[name]:.2g}" if name.endswith("difference") else r[name] for r in sizes.values())]
+        for name in names
+    ]
+    print_table(["", *sizes], rows)
+    write_result({"machine": machine, "sizes": sizes}, args.output)
+
+
+if __name__ == "__main__":
+    main()
