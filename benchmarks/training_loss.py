@@ -3,8 +3,8 @@
     python benchmarks/training_loss.py --output outputs/training_loss.json
 
 Both sides run the same backbone on the same batch, forward and backward, and give the same loss and gradients (printed).
-The reference projects every position onto the vocabulary and takes the cross entropy with -100 on the prompt, as the
-language models of transformers do when they are given labels. The vocabulary is Qwen3-VL's, 151,936 rows. Rounds take
+The reference projects every position onto the vocabulary and takes transformers' own loss of causal language models,
+with labels of -100 on the prompt. The vocabulary is Qwen3-VL's, 151,936 rows. Rounds take
 turns; times are medians. Memory is the peak of a step above what weights, gradients and batch take anyway.
 """
 
@@ -15,7 +15,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from measuring import describe_machine, extra_peak_bytes, interleaved_ms, print_table, write_result
 from torch import Tensor
 
@@ -45,10 +44,11 @@ def full_logits_loss(backend: ComposedBackend, batch: FoundationBatch) -> Tensor
     completion = backend.code_head.completion(batch.target_codes)
     tokens = inputs.tokens.append(completion)
     hidden, _ = backend.core(tokens, inputs.images)
-    logits = backend.core.lm_head(hidden).float()  # (B, L, V)
+    logits = backend.core.lm_head(hidden)  # (B, L, V)
     labels = torch.full_like(tokens.ids, -100)
     labels[:, -completion.shape[1] :] = completion  # prompts are padded left
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    model = backend.core.model
+    return model.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
 
 
 def our_loss(backend: ComposedBackend, batch: FoundationBatch) -> Tensor:

@@ -8,7 +8,7 @@ Shape legend: B batch, N completion tokens, W hidden width, V vocabulary rows, S
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from hlrp_core.backbones.model_core import ModelCore
@@ -16,6 +16,7 @@ from hlrp_core.codes.decoding import CodeDecoder
 from hlrp_core.codes.token_scheme import CodeVocabulary
 from hlrp_core.contract import LatentOutput, SamplingOptions
 from hlrp_core.heads.code_head import BackboneEncoding, CodeHead, CodeLoss
+from hlrp_core.heads.linear_cross_entropy import linear_cross_entropy
 from hlrp_core.prompting.strategy import PromptInputs
 
 
@@ -31,12 +32,15 @@ class CodeTokenHead(CodeHead):
         return self.vocabulary.encode(codes)
 
     def loss(self, core: ModelCore, encoding: BackboneEncoding, codes: Tensor) -> CodeLoss:
-        assert encoding.completion_hidden is not None
+        hidden, weight = encoding.completion_hidden, core.lm_head.weight
+        assert hidden is not None
         labels = self.vocabulary.encode(codes)  # (B, N)
-        logits = core.lm_head(encoding.completion_hidden)  # (B, N, V): the prompt's positions are never projected
-        per_token = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
-        at_codes = logits.detach()[:, self.vocabulary.code_slots.to(logits.device)]  # (B, S, V)
-        predicted = at_codes[:, :, self.vocabulary.code_ids.to(logits.device)].argmax(-1)  # (B, S)
+        # the prompt's positions are never projected
+        per_token = linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten())  # (B * N)
+        with torch.no_grad():
+            at_codes = hidden[:, self.vocabulary.code_slots.to(hidden.device)]  # (B, S, W)
+            rows = weight[self.vocabulary.code_ids.to(weight.device)]  # (K, W)
+            predicted = (at_codes.to(rows.dtype) @ rows.T).argmax(-1)  # (B, S)
         return CodeLoss(per_token.view_as(labels).mean(1), predicted)
 
     def predict(

@@ -210,6 +210,8 @@ def from_signed(images: Tensor) -> Tensor:
 class PairEncoder(nn.Module):
     """Two frames `[B, 3, R, R]` each -> latents `[B, S, D]`."""
 
+    coordinates: Tensor
+
     def __init__(self, config: LAQConfig, *, code_dim: int, num_keypoints: int = 32, sharpness: float = 4.0):
         super().__init__()
         width, grid = config.hidden_dim, config.image_size // config.patch_size
@@ -240,6 +242,8 @@ class PairEncoder(nn.Module):
 
 class ChangeDecoder(nn.Module):
     """Frame t `[B, 3, R, R]` and code vectors `[B, S, D]` -> frame t+Δ `[B, 3, R, R]`."""
+
+    coordinates: Tensor
 
     def __init__(self, config: LAQConfig, *, code_dim: int):
         super().__init__()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import draccus
-from draccus.utils import DecodingError
+from draccus.utils import ParsingError
 
 
 def run_command[C](command: type[C], run: Callable[[C], Any], args: Sequence[str] | None = None) -> None:
@@ -21,10 +21,11 @@ def run_command[C](command: type[C], run: Callable[[C], Any], args: Sequence[str
     try:
         parsed = draccus.parse(command, args=args)
         status = run(parsed)
-    except (ValueError, FileNotFoundError, DecodingError) as error:
+    except (ValueError, FileNotFoundError, ParsingError) as error:
         if os.environ.get("HLRP_DEBUG"):
             raise
-        print(f"error: {error}\n(HLRP_DEBUG=1 shows where)", file=sys.stderr)
+        cause = error.__cause__ if isinstance(error, ParsingError) and error.__cause__ is not None else error
+        print(f"error: {cause}\n(HLRP_DEBUG=1 shows where)", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

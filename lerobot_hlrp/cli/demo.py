@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import draccus
+from lerobot_hlrp.cli.command import run_command
 
 
 @dataclass
@@ -59,7 +59,7 @@ def run_demo(config: DemoConfig) -> int:
 
 
 def main() -> None:
-    sys.exit(run_demo(draccus.parse(DemoConfig)))
+    run_command(DemoConfig, run_demo)
 
 
 if __name__ == "__main__":

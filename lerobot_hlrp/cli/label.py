@@ -57,8 +57,8 @@ def label(command: LabelCommand) -> int:
         return 130
     use = measure_codebook_use(table.codes[table.valid], table.codebook_size)
     print(
-        f"{int(table.valid.sum())} of {len(table)} frames labelled (the others have no frame t+{table.frame_gap} in the "
-        f"same episode); perplexity {use.perplexity:.2f} of {table.codebook_size}\nThe code table: {command.output}"
+        f"{int(table.valid.sum())} of {len(table)} frames labelled: the others have no frame t+{table.frame_gap} in "
+        f"their episode. Perplexity {use.perplexity:.2f} of {table.codebook_size}.\nThe code table: {command.output}"
     )
     return 0
 

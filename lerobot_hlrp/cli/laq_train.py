@@ -3,8 +3,8 @@
     hlrp-laq-train --dataset.repo_id=user/videos --dataset.root=data/videos --output_dir=outputs/laq \\
         --laq.frame_gap=3 --laq.codebook_size=8 --laq.code_seq_len=4
 
-Reports the reconstruction against a copy of frame t, the use of the codebook, and, where the dataset has actions, how well
-they can be read from the codes. The same command again continues a run that was interrupted.
+Reports the reconstruction against a copy of frame t, the use of the codebook, and, where the dataset has actions, how
+well they can be read from the codes. The same command again continues a run that was interrupted.
 """
 
 from __future__ import annotations

@@ -81,7 +81,11 @@ class Pipeline:
 
     def _record(self) -> Step:
         command = ["hlrp-record", "--env.type=hlrp_tabletop", f"--env.task={','.join(self.preset.tiers)}"]
-        command += [*self._dataset(), f"--episodes={self.preset.episodes}", f"--noise={self.preset.noise}"]
+        command += [
+            *self._dataset(),
+            f"--episodes={self.preset.episodes * len(self.preset.tiers)}",
+            f"--noise={self.preset.noise}",
+        ]
         return Step("record", "Record demonstrations of the scripted expert", command, self.dataset, lambda: command)
 
     def _train_laq(self) -> Step:

@@ -72,7 +72,7 @@ PRESETS = {
         episodes=4000,
         frame_gap=3,
         laq_steps=900,
-        codes=Training(steps=3000, batch_size=32, lr=1e-3, warmup=100, save_freq=1000),
+        codes=Training(steps=2600, batch_size=32, lr=1e-3, warmup=100, save_freq=1000),
         actions=Training(steps=1200, batch_size=32, lr=1e-3, warmup=100, save_freq=400, eval_freq=400),
         eval_episodes=50,
     ),

@@ -17,8 +17,8 @@ from lerobot_hlrp.cli.label import LabelCommand, label
 from lerobot_hlrp.cli.laq_train import TrainLAQCommand, train
 from lerobot_hlrp.fingerprint import dataset_fingerprint
 from lerobot_hlrp.frame_reader import EpisodeFrames, choose_camera, read_actions, read_frame
-from lerobot_hlrp.laq_data import build_frame_tuples, cache_frames
 from lerobot_hlrp.labelling import PartialTable, label_dataset
+from lerobot_hlrp.laq_data import build_frame_tuples, cache_frames
 
 TINY = LAQConfig(image_size=16, hidden_dim=16, num_layers=1, frame_gap=2, code_seq_len=2)
 
