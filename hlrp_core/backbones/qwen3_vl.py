@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, ProcessorMixin
 
 from hlrp_core.backbones.model_core import ImageInputs, ModelCore, TokenBatch
-from hlrp_core.backbones.qwen3_vl_vision import cache_grid_tables
+from hlrp_core.backbones.qwen3_vl_vision import optimize_vision_tower
 
 
 class Qwen3VLCore(ModelCore):
@@ -31,7 +31,7 @@ class Qwen3VLCore(ModelCore):
         if image_size is not None:
             pixels = image_size**2
             processor.image_processor.size = {"shortest_edge": pixels, "longest_edge": pixels}  # type: ignore[attr-defined]
-        cache_grid_tables(model.model.visual)  # type: ignore[union-attr, arg-type]
+        optimize_vision_tower(model.model.visual)  # type: ignore[union-attr, arg-type]
         self._merge = model.config.vision_config.spatial_merge_size  # type: ignore[union-attr]
         self._image_token_id: int = model.config.image_token_id  # type: ignore[assignment]
 

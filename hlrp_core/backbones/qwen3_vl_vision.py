@@ -1,4 +1,4 @@
-"""Qwen3-VL's vision tower with its tables kept and its attention batched.
+"""Qwen3-VL's vision tower with its tables kept, its attention batched and its patches embedded by one product.
 
 transformers computes rotary positions, position interpolation and attention image by image in Python loops. Images of
 one grid share the tables, and their attention is one batched call. The weights, the state dict and the results
@@ -10,22 +10,25 @@ Shape legend: N images, P patches of one image, G = N * P patches of a call, E v
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     Qwen3VLVisionAttention,
     Qwen3VLVisionModel,
+    Qwen3VLVisionPatchEmbed,
     apply_rotary_pos_emb_vision,
     eager_attention_forward,
 )
 from transformers.utils.generic import is_flash_attention_requested
 
 
-def cache_grid_tables(visual: Qwen3VLVisionModel) -> None:
-    """Give a loaded vision tower the cached tables and the batched attention; its parameters stay its own."""
+def optimize_vision_tower(visual: Qwen3VLVisionModel) -> None:
+    """Give a loaded vision tower the faster parts of this module; its parameters stay its own."""
     # Swapping the class, rather than binding functions to the instance, survives deepcopy and keeps the state dict.
     visual.__class__ = CachedGridVisionModel
     visual._grid_tables = {}  # type: ignore[attr-defined]
+    visual.patch_embed.__class__ = LinearPatchEmbed
     for block in visual.blocks:
         block.attn.__class__ = BatchedVisionAttention  # type: ignore[assignment]
 
@@ -80,6 +83,15 @@ class CachedGridVisionModel(Qwen3VLVisionModel):
             return blocks.flatten(1).repeat(1, time)  # (4, time * height * width)
 
         return in_block_order(indices.long()), in_block_order(weights)
+
+
+class LinearPatchEmbed(Qwen3VLVisionPatchEmbed):
+    """A convolution whose kernel is the whole patch is a matrix product, and several times faster as one."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[G, patch values]` -> `[G, E]`."""
+        weight = self.proj.weight.flatten(1)  # (E, patch values)
+        return F.linear(hidden_states.to(weight.dtype), weight, self.proj.bias)
 
 
 class BatchedVisionAttention(Qwen3VLVisionAttention):

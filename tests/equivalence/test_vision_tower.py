@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-from hlrp_core.backbones.qwen3_vl_vision import cache_grid_tables
+from hlrp_core.backbones.qwen3_vl_vision import optimize_vision_tower
 
 GRIDS = {
     "one": [(1, 8, 8)],
@@ -28,7 +28,7 @@ def build_towers(make_tiny_backend, dtype=torch.float32, attention: str = "sdpa"
     for parameter in theirs.parameters():  # biases and norms off their initial values
         parameter.data += 0.1 * torch.randn_like(parameter)
     ours = copy.deepcopy(theirs)
-    cache_grid_tables(ours)
+    optimize_vision_tower(ours)
     return theirs.to(dtype), ours.to(dtype)
 
 
