@@ -2,8 +2,8 @@
 
     python benchmarks/training_loss.py --output outputs/training_loss.json
 
-Both sides run the same backbone on the same batch, forward and backward, and give the same loss and gradients (printed).
-The reference projects every position onto the vocabulary and takes transformers' own loss of causal language models,
+Both sides run the same backbone on the same batch, forward and backward, and give the same loss and gradients
+(printed). The reference projects every position onto the vocabulary and takes transformers' own loss of causal language models,
 with labels of -100 on the prompt. The vocabulary is Qwen3-VL's, 151,936 rows. Rounds take
 turns; times are medians. Memory is the peak of a step above what weights, gradients and batch take anyway.
 """
@@ -69,12 +69,12 @@ def difference(backend: ComposedBackend, batch: FoundationBatch) -> dict[str, fl
     return {"loss_difference": abs(losses[0] - losses[1]), "gradient_difference": apart / largest}
 
 
-def measure(size: str, args: argparse.Namespace) -> dict:
+def measure(size: str, image: tuple[int, int], args: argparse.Namespace) -> dict:
     backend = build(size, args.processor, code_seq_len=args.code_seq_len, codebook_size=args.codebook_size)
     rng = torch.Generator().manual_seed(0)
     B, S, K = args.batch_size, args.code_seq_len, args.codebook_size
     batch = FoundationBatch(
-        frames=torch.randint(0, 256, (B, 1, args.image_side, args.image_side, 3), generator=rng, dtype=torch.uint8),
+        frames=torch.randint(0, 256, (B, 1, *image, 3), generator=rng, dtype=torch.uint8),
         instructions=[INSTRUCTIONS[i % len(INSTRUCTIONS)] for i in range(B)],
         target_codes=torch.randint(0, K, (B, S), generator=rng),
     )
@@ -113,27 +113,32 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--code_seq_len", type=int, default=4)
     parser.add_argument("--codebook_size", type=int, default=8)
-    parser.add_argument("--image_side", type=int, default=96)
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        type=lambda text: tuple(int(part) for part in text.split("x")),
+        default=[(96, 96), (240, 320), (480, 640)],
+        help="height x width of the frames, such as 480x640; the processor scales small ones up",
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
         "--processor",
         type=Path,
         default=PROCESSOR if PROCESSOR.is_dir() else None,
-        help="folder of a published processor; by default ../shared/assets/qwen3_vl where it is there, else a small one",
+        help="folder of a published processor; by default ../shared/assets/qwen3_vl if it is there, else a small one",
     )
     parser.add_argument("--output", type=Path, default=None, help="JSON file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     machine = describe_machine()
     print(f"{machine['cpu']}, {machine['cores']} cores, one thread, torch {machine['torch']}, float32")
-    sizes = {size: measure(size, args) for size in args.sizes}
-    names = list(next(iter(sizes.values())))
+    results = {f"{size} {h}x{w}": measure(size, (h, w), args) for size in args.sizes for h, w in args.images}
     rows = [
-        [name, *(f"{r[name]:.2g}" if name.endswith("difference") else r[name] for r in sizes.values())]
-        for name in names
+        [name, *(f"{r[name]:.2g}" if name.endswith("difference") else r[name] for r in results.values())]
+        for name in next(iter(results.values()))
     ]
-    print_table(["", *sizes], rows)
-    write_result({"machine": machine, "sizes": sizes}, args.output)
+    print_table(["", *results], rows)
+    write_result({"machine": machine, "results": results}, args.output)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,109 @@
+"""The demo's runner and report parts: what is skipped, what runs again, what is read from the logs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from lerobot_hlrp.demo.figures import read_success_log, read_training_log
+from lerobot_hlrp.demo.pipeline import Pipeline
+from lerobot_hlrp.demo.presets import PRESETS
+from lerobot_hlrp.demo.runner import Step, StepError, StepRunner
+
+
+def touch_step(folder: Path, name: str, *, script: str | None = None, resume=None) -> Step:
+    """A step that appends a line to its output."""
+    output = folder / f"{name}.txt"
+    script = script or f"open({str(output)!r}, 'a').write('ran\\n')"
+    command = [sys.executable, "-c", script]
+    return Step(name, name, command, output, resume or (lambda: None))
+
+
+def runs(step: Step) -> int:
+    return len(step.output.read_text().splitlines()) if step.output.exists() else 0
+
+
+def test_finished_steps_are_kept(tmp_path):
+    steps = [touch_step(tmp_path, "a"), touch_step(tmp_path, "b")]
+    for _ in range(2):
+        StepRunner(tmp_path).run_all(steps)
+    assert [runs(step) for step in steps] == [1, 1]
+
+
+def test_a_changed_command_runs_again_and_so_does_what_follows(tmp_path):
+    first, second, third = (touch_step(tmp_path, name) for name in "abc")
+    StepRunner(tmp_path).run_all([first, second, third])
+    changed = touch_step(tmp_path, "b", script=f"open({str(second.output)!r}, 'a').write('other\\n')")
+    StepRunner(tmp_path).run_all([first, changed, third])
+    assert runs(first) == 1
+    assert second.output.read_text() == "other\n"  # started afresh
+    assert third.output.read_text() == "ran\n"
+    assert runs(third) == 1
+
+
+def test_a_failure_stops_and_names_the_log(tmp_path):
+    broken = touch_step(tmp_path, "broken", script="import sys; print('why'); sys.exit(3)")
+    never = touch_step(tmp_path, "never")
+    runner = StepRunner(tmp_path)
+    with pytest.raises(StepError, match=r"exit status 3.*broken\.log"):
+        runner.run_all([broken, never])
+    assert runner.log_path(broken).read_text() == "why\n"
+    assert runs(never) == 0
+
+
+def test_an_unfinished_step_is_continued_by_its_own_command(tmp_path):
+    output = tmp_path / "a.txt"
+    continued = [sys.executable, "-c", f"open({str(output)!r}, 'a').write('continued\\n')"]
+    script = f"open({str(output)!r}, 'a').write('begun\\n'); raise SystemExit(1)"
+    step = touch_step(tmp_path, "a", script=script, resume=lambda: continued)
+    with pytest.raises(StepError):
+        StepRunner(tmp_path).run_all([step])
+    StepRunner(tmp_path).run_all([step])
+    assert output.read_text() == "begun\ncontinued\n"
+
+
+def test_an_unfinished_step_without_continuation_starts_afresh(tmp_path):
+    output = tmp_path / "a.txt"
+    flag = tmp_path / "second"
+    script = (
+        f"open({str(output)!r}, 'a').write('ran\\n')\n"
+        f"import pathlib, sys\n"
+        f"p = pathlib.Path({str(flag)!r})\n"
+        "seen = p.exists(); p.touch(); sys.exit(0 if seen else 1)"
+    )
+    step = touch_step(tmp_path, "a", script=script)
+    with pytest.raises(StepError):
+        StepRunner(tmp_path).run_all([step])
+    StepRunner(tmp_path).run_all([step])
+    assert runs(step) == 1
+
+
+def test_training_curves_are_read_from_lerobots_log():
+    text = (
+        "Training:  10%|#\rINFO 2026-01-01 00:00:00 ot_train.py:1 step:50 smpl:2K ep:3 epch:0.10 loss:0.712 grdn:0.613 "
+        "lr:1.0e-03 updt_s:0.120 data_s:0.010 smp/s:250 codes_loss:0.712 code_accuracy:0.251 constant_accuracy:0.141\n"
+        "INFO 2026-01-01 00:00:09 ot_train.py:1 step:100 smpl:3K ep:6 epch:0.20 loss:0.612 grdn:0.413 "
+        "lr:1.0e-03 updt_s:0.120 data_s:0.010 smp/s:250 codes_loss:0.612 code_accuracy:0.351 constant_accuracy:0.142\n"
+    )
+    curves = read_training_log(text, log_freq=50)
+    assert curves["step"] == [50, 100]
+    assert curves["loss"] == [0.712, 0.612]
+    assert curves["code_accuracy"] == [0.251, 0.351]
+    assert curves["constant_accuracy"] == [0.141, 0.142]
+
+
+def test_success_is_read_from_lerobots_log():
+    text = "INFO Suite overall aggregated: {'avg_sum_reward': 0.5, 'pc_success': 45.0}\nother\n"
+    assert read_success_log(text * 2, eval_freq=400) == {"step": [400, 800], "success": [0.45, 0.45]}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_stage_and_tier_has_its_command(preset):
+    pipeline = Pipeline(Path("out"), PRESETS[preset])
+    names = [step.name for step in pipeline.steps()]
+    assert len(set(names)) == len(names)
+    assert names[:7] == ["record", "stage1", "label", "backbone", "stage2", "stage2_eval", "stage3"]
+    for tier in PRESETS[preset].tiers:
+        assert {f"eval_{tier}_true", f"eval_{tier}_shuffled"} <= set(names)
