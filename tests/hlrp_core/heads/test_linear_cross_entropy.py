@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hlrp_core.heads.linear_cross_entropy import linear_cross_entropy
+
+M, W, V = 12, 16, 50
+
+
+def inputs(dtype=torch.float32, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    hidden = (scale * torch.randn(M, W)).to(dtype).requires_grad_()
+    weight = torch.randn(V, W).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(0, V, (M,))
+
+
+def both(hidden, weight, labels, upstream):
+    """Losses and gradients: ours and the plain computation's."""
+    results = []
+    for loss in (
+        linear_cross_entropy(hidden, weight, labels),
+        F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="none"),
+    ):
+        grads = torch.autograd.grad((loss * upstream).sum(), (hidden, weight))
+        results.append((loss.detach(), *grads))
+    return results
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_value_and_gradients(scale):
+    ours, theirs = both(*inputs(scale=scale), torch.randn(M))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+
+
+def test_labels_that_count_nothing_get_no_gradient():
+    hidden, weight, labels = inputs()
+    upstream = torch.tensor([1.0, 0.0] * (M // 2))
+    linear_cross_entropy(hidden, weight, labels).mul(upstream).sum().backward()
+    assert not hidden.grad[1::2].any()
+    assert hidden.grad[::2].abs().sum(1).min() > 0
+
+
+def test_bfloat16_weights():
+    ours, theirs = both(*inputs(torch.bfloat16), torch.ones(M))
+    assert ours[0].dtype == torch.float32
+    assert ours[1].dtype == ours[2].dtype == torch.bfloat16
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=0.02, atol=0.02)
+
+
+def test_autocast():
+    hidden, weight, labels = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = both(hidden, weight, labels, torch.ones(M))
+    assert ours[0].dtype == torch.float32
+    assert ours[2].dtype == torch.float32
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.05)
+
+
+def test_what_needs_no_gradient_gets_none():
+    hidden, weight, labels = inputs()
+    linear_cross_entropy(hidden, weight.detach(), labels).sum().backward()
+    assert hidden.grad is not None
+    linear_cross_entropy(hidden.detach(), weight, labels).sum().backward()
+    assert weight.grad is not None
+    with torch.no_grad():
+        assert not linear_cross_entropy(hidden, weight, labels).requires_grad
+
+
+def test_a_second_backward_is_an_error_and_not_a_wrong_gradient():
+    hidden, weight, labels = inputs()
+    loss = linear_cross_entropy(hidden, weight, labels).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="got a second"):
+        loss.backward()
+
+
+def test_the_inputs_are_left_as_they_were():
+    hidden, weight, labels = inputs()
+    before = hidden.detach().clone(), weight.detach().clone(), labels.clone()
+    linear_cross_entropy(hidden, weight, labels).sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip((hidden, weight, labels), before, strict=True))
