@@ -97,16 +97,26 @@ class Qwen3VLCore(ModelCore):
         cache: DynamicCache | None = None,
         use_cache: bool = False,
     ) -> tuple[Tensor, DynamicCache | None]:
-        output = self.model.model(  # type: ignore[operator, misc]
+        # what holds text alone needs no search for image tokens
+        model = self.model.model if images is not None else self.model.model.language_model  # type: ignore[union-attr]
+        output = model(  # type: ignore[operator]
             input_ids=tokens.ids,
-            # without padding the mask says nothing that causality does not, and SDPA is faster without one
-            attention_mask=tokens.valid_mask if tokens.is_padded else None,
+            attention_mask=self._attention_mask(tokens, cache),
             position_ids=tokens.positions,
             past_key_values=cache,
             use_cache=use_cache or cache is not None,
             **(images.tensors if images is not None else {}),
         )
         return output.last_hidden_state, output.past_key_values
+
+    def _attention_mask(self, tokens: TokenBatch, cache: DynamicCache | None) -> Tensor | None:
+        if cache is None or self.model.config._attn_implementation != "sdpa":
+            # without padding the mask says nothing that causality does not, and SDPA is faster without one
+            return tokens.valid_mask if tokens.is_padded else None
+        # Complete already: transformers' general mechanism costs a decoding step as much as a layer of a small model.
+        num_new, num_all = tokens.ids.shape[1], tokens.valid_mask.shape[1]
+        causal = torch.ones(num_new, num_all, dtype=torch.bool, device=tokens.ids.device).tril(num_all - num_new)
+        return tokens.valid_mask[:, None, None, :] & causal  # (B, 1, new, all)
 
     def generate(self, tokens: TokenBatch, images: ImageInputs, **kwargs: Any) -> Tensor:
         ids = self.model.generate(  # type: ignore[operator]
