@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +10,7 @@ SCHEMA_VERSION = 1
 QuantizerName = Literal["fsq", "vq", "diveq"]
 QUANTIZERS = ("fsq", "vq", "diveq")
 TARGETS = ("pixels", "features")
+MAX_LEVELS = 16  # of one dimension of a code
 
 
 @dataclass
@@ -22,13 +22,17 @@ class LAQConfig:
     num_frames: T; T frames are T-1 transitions, and a label has (T-1)*S codes.
     quantizer: `fsq` (finite scalar quantisation: no collapse, no auxiliary loss), `vq` (learnt codebook by moving
         averages, dead codes replaced) or `diveq` (learnt by gradient through a noisy direction, in the manner of NSVQ).
+    fsq_depth: how many positions refine one another, with `fsq`: at depth 2 the first half of the positions is coarse
+        and the second half says what the first has left over, so that near motions share their first codes and a model
+        that reads codes from the left can predict them. 1: all positions independent. 0: 2 where S is even, else 1.
     image_size: side of the square that frames are resized to.
     patch_size: side of a patch of that square.
     hidden_dim: channels of encoder and decoder.
     num_layers: convolution blocks of each.
     code_dim: D of a code vector (`vq`, `diveq`); `fsq` has one dimension for each of its levels.
     target: what is reconstructed: `pixels`, or `features` of a frozen encoder.
-    feature_encoder: Hub id or folder of that encoder (DINOv2, DINOv3, ...).
+    feature_encoder: Hub id or folder of that encoder, a vision transformer of transformers (DINOv2, DINOv3, ...).
+    feature_shape: channels and grid side of its features; filled in when the LAQ is made.
     motion_weight: how much more a pixel counts that differs between the two frames.
     """
 
@@ -37,6 +41,7 @@ class LAQConfig:
     frame_gap: int = 3
     num_frames: int = 2
     quantizer: QuantizerName = "fsq"
+    fsq_depth: int = 0
     image_size: int = 64
     patch_size: int = 4
     hidden_dim: int = 64
@@ -44,10 +49,13 @@ class LAQConfig:
     code_dim: int = 16
     target: Literal["pixels", "features"] = "pixels"
     feature_encoder: str | None = None
+    feature_shape: tuple[int, int] = (0, 0)
     motion_weight: float = 20.0
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
+        channels, size = self.feature_shape
+        self.feature_shape = (channels, size)  # JSON knows no tuples
         for name, least in (("codebook_size", 2), ("code_seq_len", 1), ("frame_gap", 1), ("num_frames", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"laq.{name}: expected {least} or more, got {getattr(self, name)}")
@@ -59,6 +67,11 @@ class LAQConfig:
                 f"laq.image_size: expected a multiple of patch_size={self.patch_size}, got {self.image_size}. "
                 f"Next step: use {self.image_size // self.patch_size * self.patch_size}."
             )
+        if self.patch_size % 2 or self.hidden_dim % 8:
+            raise ValueError(
+                f"laq: expected an even patch_size and a hidden_dim that is a multiple of 8, got {self.patch_size} and "
+                f"{self.hidden_dim}. Next step: use patch_size=4 and hidden_dim=64."
+            )
         if self.target == "features" and self.feature_encoder is None:
             raise ValueError(
                 "laq.feature_encoder: expected the Hub id or folder of a frozen encoder for target='features', got "
@@ -68,6 +81,13 @@ class LAQConfig:
             raise ValueError(
                 f"laq: expected schema version {SCHEMA_VERSION}, got {self.schema_version}. "
                 "Next step: load it with the version of this package that saved it."
+            )
+        if self.fsq_depth == 0:
+            self.fsq_depth = 2 if self.code_seq_len % 2 == 0 else 1
+        if self.fsq_depth < 0 or self.code_seq_len % self.fsq_depth:
+            raise ValueError(
+                f"laq.fsq_depth: expected a divisor of code_seq_len={self.code_seq_len}, got {self.fsq_depth}. "
+                "Next step: use 1 (positions independent of each other), or 0 to let the length decide."
             )
         if self.quantizer == "fsq":
             fsq_levels(self.codebook_size)
@@ -79,32 +99,30 @@ class LAQConfig:
 
 
 def fsq_levels(codebook_size: int) -> list[int]:
-    """Levels whose product is exactly K, as even as K allows: 8 -> [2, 2, 2], 256 -> [4, 4, 4, 4].
+    """Levels whose product is exactly K: as few as possible, each at most 16, and even: 8 -> [8], 256 -> [16, 16].
 
     Raises:
-        ValueError: K has a prime factor above 7; the nearest sizes without one are named.
+        ValueError: K has a prime factor above 16; the nearest sizes without one are named.
     """
     levels = _factor(codebook_size)
     if levels is None:
         below = next(k for k in range(codebook_size - 1, 1, -1) if _factor(k) is not None)
         above = next(k for k in range(codebook_size + 1, 2 * codebook_size + 2) if _factor(k) is not None)
         raise ValueError(
-            f"laq.codebook_size: expected a product of 2, 3, 5 and 7 for quantizer='fsq', got {codebook_size}. "
-            f"Next step: use {below} or {above}, or quantizer=vq."
+            f"laq.codebook_size: expected a product of numbers up to {MAX_LEVELS} for quantizer='fsq', got "
+            f"{codebook_size}. Next step: use {below} or {above}, or quantizer=vq."
         )
     return levels
 
 
-def _factor(number: int) -> list[int] | None:
-    primes = []
-    for prime in (7, 5, 3, 2):
-        while number % prime == 0:
-            primes.append(prime)
-            number //= prime
-    if number != 1:
-        return None
-    # pairs of twos become fours where there are many: fewer, finer dimensions are easier to use
-    twos = primes.count(2)
-    fours = twos // 2 if math.prod(primes) >= 64 else 0
-    rest = [prime for prime in primes if prime != 2]
-    return sorted(rest + [4] * fours + [2] * (twos - 2 * fours), reverse=True)
+def _factor(number: int, most: int = MAX_LEVELS) -> list[int] | None:
+    """The shortest list of falling factors up to `most` whose product is `number`, the most even one of that length."""
+    if number == 1:
+        return []
+    best: list[int] | None = None
+    for factor in range(2, min(number, most) + 1):  # rising: of equal lengths the one with the smallest maximum stays
+        if number % factor == 0:
+            rest = _factor(number // factor, factor)
+            if rest is not None and (best is None or 1 + len(rest) < len(best)):
+                best = [factor, *rest]
+    return best

@@ -3,12 +3,11 @@
 The encoder sees frames t and t+Δ; the decoder sees frame t and the codes, and must draw frame t+Δ. What passes the
 bottleneck is what changed: the latent action (LAPA, arXiv 2410.11758; Genie, arXiv 2402.15391).
 
-Notable: the encoder reads the change through spatial softmax keypoints (Finn et al., arXiv 1509.06113), which give
-positions to sub-patch precision; the decoder adds a change to frame t and starts at exactly no change, so that training
-starts at the copy baseline.
+What is drawn are pixels, or features of a frozen encoder (`targets.py`); the encoder sees pixels in both cases, so that
+labelling never needs the frozen encoder.
 
-Shape legend: B batch, T frames in time, R image side, P patch side, G = R / P grid side, E channels, S code positions,
-D width of a code vector, K codebook size.
+Shape legend: B batch, T frames in time, R image side, S code positions, D width of a code vector, K codebook size,
+F channels of the target, Y its side.
 """
 
 import hashlib
@@ -24,14 +23,16 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from hlrp_core.laq.config import LAQConfig
-from hlrp_core.laq.quantizers import CodeQuantizer
+from hlrp_core.laq.networks import ChangeDecoder, PairEncoder
+from hlrp_core.laq.quantizers import make_quantizer
+from hlrp_core.laq.targets import FeatureTarget, with_feature_sizes
 
 
 @dataclass(frozen=True)
 class LAQOutput:
     """Args:
     loss: scalar with a gradient.
-    reconstruction: `[B * (T-1), 3, R, R]` frames t+Δ in [0, 1], or features `[B * (T-1), N, F]`.
+    reconstruction: `[B * (T-1), F, Y, Y]` frames t+Δ: pixels in [0, 1] (F = 3, Y = R), or features.
     target: what was to be reconstructed, same shape.
     source: frames t, or their features, same shape: the copy baseline.
     codes: `[B, (T-1)*S]` long.
@@ -56,13 +57,40 @@ class LatentActionQuantizer(
     Saves and loads by `save_pretrained`, `from_pretrained` and `push_to_hub`: `config.json` and `model.safetensors`.
     """
 
+    settings_digest: Tensor
+
     # No `from __future__ import annotations` in this file: the mixin reads the type of `config` to load it.
     def __init__(self, config: LAQConfig):
         super().__init__()
         self.config = config
-        self.quantizer = CodeQuantizer(config)
-        self.encoder = PairEncoder(config, code_dim=self.quantizer.dim)
-        self.decoder = ChangeDecoder(config, code_dim=self.quantizer.dim)
+        self.quantizer = make_quantizer(config)
+        self.encoder = PairEncoder(config, latent_dim=self.quantizer.latent_dim)
+        is_pixels = config.target == "pixels"
+        channels, size = (3, config.image_size) if is_pixels else config.feature_shape
+        self.decoder = ChangeDecoder(
+            config,
+            condition_dim=self.quantizer.condition_dim,
+            channels=channels,
+            size=size,
+            patch_size=config.patch_size if is_pixels else 1,
+        )
+        # Saved with the weights: settings that were altered later, but leave every shape as it is, are found so.
+        self.register_buffer("settings_digest", _digest(config))
+        # In a tuple, so that the frozen encoder is no part of this module: it is neither trained, nor moved, nor saved.
+        self._feature_target: tuple[FeatureTarget, ...] = ()
+
+    @classmethod
+    def for_training(cls, config: LAQConfig) -> Self:
+        """A fresh LAQ; with `target="features"` the frozen encoder is loaded and its sizes enter the settings."""
+        if config.target == "pixels":
+            return cls(config)
+        laq = cls(with_feature_sizes(config))
+        laq.load_feature_encoder()
+        return laq
+
+    def load_feature_encoder(self) -> None:
+        """Load the frozen encoder that training and `forward` need with `target="features"`."""
+        self._feature_target = (FeatureTarget(self.config),)
 
     # -- sizes ----------------------------------------------------------------------------------------------------
 
@@ -85,29 +113,27 @@ class LatentActionQuantizer(
         """Training: reconstruct every later frame of `[B, T, H, W, 3]` uint8 from the one before it and its codes."""
         images = self.prepare(frames)
         source, target = self._transitions(images)
-        vectors, codes, quantizer_loss = self.quantizer(self.encoder(source, target), hardness=hardness)
-        reconstruction = self.decoder(source, vectors)
-        loss = self._reconstruction_loss(source, target, reconstruction) + quantizer_loss
+        quantized = self.quantizer(self.encoder(source, target), hardness=hardness)
+        weight = self._change_weight(source, target)
+        source, target = self._to_target(source), self._to_target(target)
+        reconstruction = self.decoder(source, quantized.condition)
+        loss = weighted_mse(reconstruction, target, weight) + quantized.loss
+        is_pixels = self.config.target == "pixels"
         return LAQOutput(
             loss=loss,
-            reconstruction=from_signed(reconstruction),
-            target=from_signed(target),
-            source=from_signed(source),
-            codes=codes.view(len(frames), -1),
+            reconstruction=from_signed(reconstruction) if is_pixels else reconstruction,
+            target=from_signed(target) if is_pixels else target,
+            source=from_signed(source) if is_pixels else source,
+            codes=quantized.codes.view(len(frames), -1),
         )
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Measure the latents' mean and spread anew on batches of frames: running averages lag behind the weights."""
-        if not self.quantizer.is_fsq:
-            return
-        centre = self.quantizer.centre
-        momentum, centre.momentum = centre.momentum, None  # a plain average over all batches
-        centre.reset_running_stats()
         self.train()
-        for frames in batches:
-            self.quantizer(self.encoder(*self._transitions(self.prepare(frames))))
-        centre.momentum = momentum
+        with self.quantizer.calibrating():
+            for frames in batches:
+                self.quantizer(self.encoder(*self._transitions(self.prepare(frames))))
         self.eval()
 
     @torch.no_grad()
@@ -117,7 +143,7 @@ class LatentActionQuantizer(
         self.eval()
         try:
             source, target = self._transitions(self.prepare(frames))
-            _, codes, _ = self.quantizer(self.encoder(source, target))
+            codes = self.quantizer(self.encoder(source, target)).codes
         finally:
             self.train(was_training)
         return codes.view(len(frames), -1)
@@ -130,9 +156,11 @@ class LatentActionQuantizer(
 
     @torch.no_grad()
     def decode(self, frame: Tensor, codes: Tensor) -> Tensor:
-        """Frame t `[B, H, W, 3]` uint8 and one transition's codes `[B, S]` -> frame t+Δ `[B, 3, R, R]` in [0, 1]."""
-        source = self.prepare(frame[:, None])[:, 0]
-        return from_signed(self.decoder(source, self.quantizer.vectors(codes)))
+        """Frame t `[B, H, W, 3]` uint8 and one transition's codes `[B, S]` -> frame t+Δ `[B, 3, R, R]` in [0, 1], or
+        its features `[B, F, Y, Y]` where those are the target."""
+        source = self._to_target(self.prepare(frame[:, None])[:, 0])
+        decoded = self.decoder(source, self.quantizer.condition(codes))
+        return from_signed(decoded) if self.config.target == "pixels" else decoded
 
     def prepare(self, frames: Tensor) -> Tensor:
         """Frames `[B, T, H, W, 3]` uint8 -> `[B, T, 3, R, R]` float in [-1, 1].
@@ -159,12 +187,22 @@ class LatentActionQuantizer(
             )
         return images[:, :-1].flatten(0, 1), images[:, 1:].flatten(0, 1)
 
-    def _reconstruction_loss(self, source: Tensor, target: Tensor, reconstruction: Tensor) -> Tensor:
-        changed = (target - source).abs().amax(1, keepdim=True)  # (B, 1, R, R)
-        # a few pixels around every change count more: most of a frame stands still and is right for free
+    def _to_target(self, images: Tensor) -> Tensor:
+        """`[B, 3, R, R]` in [-1, 1] -> `[B, F, Y, Y]`."""
+        if self.config.target == "pixels":
+            return images
+        if not self._feature_target:
+            raise ValueError(
+                f"LAQ: expected the frozen encoder {self.config.feature_encoder!r} to be loaded, which its targets are "
+                "features of, got none. Next step: call load_feature_encoder(); labelling and codes need none."
+            )
+        return self._feature_target[0](images)
+
+    def _change_weight(self, source: Tensor, target: Tensor) -> Tensor:
+        """`[B, 1, R, R]`: most of a frame stands still and is right for free, so what is near a change counts more."""
+        changed = (target - source).abs().amax(1, keepdim=True)
         near_change = F.max_pool2d(changed, 5, stride=1, padding=2).clamp(max=0.5) * 2
-        weight = 1 + self.config.motion_weight * near_change
-        return (weight * (reconstruction - target) ** 2).sum() / (weight.sum() * target.shape[1])
+        return 1 + self.config.motion_weight * near_change
 
     def _check_codes(self, codes: Tensor) -> None:
         if codes.shape[-1] % self.config.code_seq_len:
@@ -194,12 +232,23 @@ class LatentActionQuantizer(
                 "Next step: give the folder that hlrp-laq-train wrote."
             )
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, strict=True, **kwargs)  # type: ignore[misc]
+            laq = super().from_pretrained(pretrained_model_name_or_path, strict=True, **kwargs)  # type: ignore[misc]
         except (RuntimeError, TypeError, FileNotFoundError) as error:
             raise ValueError(
                 f"LAQ: expected the settings and weights of one in {pretrained_model_name_or_path}, got something else "
                 f"({str(error).splitlines()[0]}). Next step: copy or download it anew, or check the name."
             ) from error
+        if not torch.equal(laq.settings_digest.cpu(), _digest(laq.config)):
+            raise ValueError(
+                f"LAQ: expected the settings that its weights were saved with, got others in the config.json of "
+                f"{pretrained_model_name_or_path}. Next step: copy or download it anew; train again to change settings."
+            )
+        return laq
+
+
+def _digest(config: LAQConfig) -> Tensor:
+    text = json.dumps(asdict(config), sort_keys=True)
+    return torch.tensor(list(hashlib.sha256(text.encode()).digest()[:8]), dtype=torch.uint8)
 
 
 def from_signed(images: Tensor) -> Tensor:
@@ -207,70 +256,7 @@ def from_signed(images: Tensor) -> Tensor:
     return (images + 1) / 2
 
 
-class PairEncoder(nn.Module):
-    """Two frames `[B, 3, R, R]` each -> latents `[B, S, D]`."""
-
-    coordinates: Tensor
-
-    def __init__(self, config: LAQConfig, *, code_dim: int, num_keypoints: int = 32, sharpness: float = 4.0):
-        super().__init__()
-        width, grid = config.hidden_dim, config.image_size // config.patch_size
-        self.shape = (config.code_seq_len, code_dim)
-        self.sharpness = sharpness
-        # patches overlap by half: a small thing never hides on their border
-        self.patches = nn.Conv2d(9, width, 2 * config.patch_size, config.patch_size, config.patch_size // 2)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.GroupNorm(8, width), nn.GELU(), nn.Conv2d(width, width, 3, padding=1))
-            for _ in range(config.num_layers)
-        )
-        self.attention = nn.Conv2d(width, num_keypoints, 1)
-        self.values = nn.Conv2d(width, num_keypoints, 1)
-        self.head = nn.Sequential(
-            nn.Linear(3 * num_keypoints, 4 * width), nn.GELU(), nn.Linear(4 * width, config.code_seq_len * code_dim)
-        )
-        self.register_buffer("coordinates", grid_coordinates(grid).flatten(1), persistent=False)  # (2, G * G)
-
-    def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        x = self.patches(torch.cat([source, target, 2 * (target - source)], dim=1))  # (B, E, G, G)
-        for block in self.blocks:
-            x = x + block(x)
-        where = torch.softmax(self.sharpness * self.attention(x).flatten(2).float(), dim=-1)  # (B, keypoints, G * G)
-        positions = where @ self.coordinates.T  # (B, keypoints, 2)
-        values = (where * self.values(x).flatten(2)).sum(-1, keepdim=True)  # (B, keypoints, 1)
-        return self.head(torch.cat([positions, values], dim=-1).flatten(1)).view(-1, *self.shape)
-
-
-class ChangeDecoder(nn.Module):
-    """Frame t `[B, 3, R, R]` and code vectors `[B, S, D]` -> frame t+Δ `[B, 3, R, R]`."""
-
-    coordinates: Tensor
-
-    def __init__(self, config: LAQConfig, *, code_dim: int):
-        super().__init__()
-        width, patch = config.hidden_dim, config.patch_size
-        self.patches = nn.Conv2d(5, width, 2 * patch, patch, patch // 2)
-        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in range(config.num_layers))
-        self.convolutions = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(config.num_layers))
-        self.modulations = nn.ModuleList(
-            nn.Linear(config.code_seq_len * code_dim, 2 * width) for _ in range(config.num_layers)
-        )
-        self.to_pixels = nn.Conv2d(width, 3 * patch**2, 3, padding=1)
-        nn.init.zeros_(self.to_pixels.weight)  # no change: training starts at the copy of frame t
-        nn.init.zeros_(self.to_pixels.bias)  # type: ignore[arg-type]
-        self.patch = patch
-        self.register_buffer("coordinates", grid_coordinates(config.image_size)[None], persistent=False)
-
-    def forward(self, source: Tensor, vectors: Tensor) -> Tensor:
-        codes = vectors.flatten(1)  # (B, S * D)
-        x = self.patches(torch.cat([source, self.coordinates.expand(len(source), -1, -1, -1)], dim=1))  # (B, E, G, G)
-        for norm, convolution, modulation in zip(self.norms, self.convolutions, self.modulations, strict=True):
-            scale, shift = modulation(codes)[:, :, None, None].chunk(2, dim=1)
-            x = x + convolution(F.gelu(norm(x) * (1 + scale) + shift))
-        return source + F.pixel_shuffle(self.to_pixels(x), self.patch)
-
-
-def grid_coordinates(size: int) -> Tensor:
-    """x and y in [-1, 1] on a square grid, `[2, size, size]`."""
-    axis = torch.linspace(-1, 1, size)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    return torch.stack([x, y])
+def weighted_mse(reconstruction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean squared error of `[B, F, Y, Y]`; `weight` `[B, 1, R, R]` counts for the place it lies in."""
+    weight = F.adaptive_max_pool2d(weight, target.shape[-2:])
+    return (weight * (reconstruction - target) ** 2).sum() / (weight.sum() * target.shape[1])

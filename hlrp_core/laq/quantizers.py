@@ -3,70 +3,150 @@
 All of them compute in float32. Two traps of the library are dealt with here: replacing dead codes is off unless
 `threshold_ema_dead_code` is set, and FSQ with a level of 2 needs `preserve_symmetry`.
 
-Shape legend: B batch, S code positions, D width of a code vector, K codebook size.
+Shape legend: B batch, S code positions, D width of a code vector, K codebook size, Z width of the encoder's latents.
 """
 
 from __future__ import annotations
 
+import abc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
-from vector_quantize_pytorch import FSQ, VectorQuantize
+from vector_quantize_pytorch import ResidualFSQ, VectorQuantize
 
 from hlrp_core.laq.config import LAQConfig, fsq_levels
 
+# A normal variable times this, through the tanh of the library, is spread nearly evenly.
+_EVEN_SPREAD = 1.7
 
-class CodeQuantizer(nn.Module):
-    """Quantises `[B, S, D]`.
+
+@dataclass(frozen=True)
+class Quantized:
+    """Args:
+    condition: `[B, C]` what the decoder sees, with a gradient to the latents.
+    codes: `[B, S]` long.
+    loss: the quantiser's own scalar loss (0 for finite scalar quantisation).
+    """
+
+    condition: Tensor
+    codes: Tensor
+    loss: Tensor
+
+
+class CodeQuantizer(nn.Module, abc.ABC):
+    """What every quantiser is.
 
     Args:
-        config: names the quantiser and its sizes.
+        config: names the sizes.
     """
+
+    latent_dim: int  # Z
+    vector_dim: int  # D
+    condition_dim: int  # C
 
     def __init__(self, config: LAQConfig):
         super().__init__()
-        self.is_fsq = config.quantizer == "fsq"
-        if self.is_fsq:
-            levels = fsq_levels(config.codebook_size)
-            self.dim = len(levels)
-            self.inner: nn.Module = FSQ(levels, preserve_symmetry=True)
-            # Latents that start off-centre would all fall on one side of a level of 2 and stay there.
-            self.centre = nn.BatchNorm1d(config.code_seq_len * self.dim, affine=False)
-        else:
-            self.dim = config.code_dim
-            learns_by_gradient = config.quantizer == "diveq"
-            self.inner = VectorQuantize(
-                dim=self.dim,
-                codebook_size=config.codebook_size,
-                threshold_ema_dead_code=2,
-                kmeans_init=True,
-                sync_codebook=torch.distributed.is_available() and torch.distributed.is_initialized(),
-                directional_reparam=learns_by_gradient,
-                rotation_trick=not learns_by_gradient,
-            )
+        self.code_seq_len = config.code_seq_len
 
-    def forward(self, latents: Tensor, *, hardness: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantise `[B, S, D]`.
+    def forward(self, latents: Tensor, *, hardness: float = 1.0) -> Quantized:
+        """Quantise `[B, Z]`.
 
         Args:
-            hardness: 1 quantises; below, FSQ hands on a blend with the unquantised latents, which eases early training.
-
-        Returns:
-            code vectors `[B, S, D]`, codes `[B, S]` long, and the quantiser's own scalar loss (0 for FSQ).
+            hardness: 1 quantises; below, finite scalar quantisation hands on a blend with the unquantised latents,
+                which eases early training.
         """
         with torch.autocast(latents.device.type, enabled=False):
-            latents = latents.float()
-            if not self.is_fsq:
-                vectors, codes, loss = self.inner(latents)
-                return vectors, codes.long(), loss.sum()
-            latents = self.centre(latents.flatten(1)).view_as(latents)
-            vectors, codes = self.inner(latents)
-            if hardness < 1:
-                soft = torch.tanh(latents)
-                vectors = soft + hardness * (vectors - soft)
-            return vectors, codes.long(), latents.new_zeros(())
+            return self._quantize(latents.float(), hardness)
 
+    @abc.abstractmethod
+    def _quantize(self, latents: Tensor, hardness: float) -> Quantized: ...
+
+    @abc.abstractmethod
     def vectors(self, codes: Tensor) -> Tensor:
         """Code vectors `[B, S, D]` of codes `[B, S]`."""
-        if self.is_fsq:
-            return self.inner.indices_to_codes(codes)  # type: ignore[operator]
-        return self.inner.get_codes_from_indices(codes)  # type: ignore[operator]
+
+    def condition(self, codes: Tensor) -> Tensor:
+        """What the decoder sees of codes `[B, S]`: `[B, C]`."""
+        return self.vectors(codes).flatten(1)
+
+    @contextmanager
+    def calibrating(self) -> Iterator[None]:
+        """Measure running statistics of the latents anew on what is quantised within."""
+        yield
+
+
+class ScalarQuantizer(CodeQuantizer):
+    """Finite scalar quantisation, `depth` positions of which refine one another.
+
+    With depth 2 and S = 4, positions 1 and 2 each quantise latents of their own, and positions 3 and 4 what those two
+    have left over.
+    """
+
+    def __init__(self, config: LAQConfig):
+        super().__init__(config)
+        levels = fsq_levels(config.codebook_size)
+        self.depth, self.num_groups = config.fsq_depth, config.code_seq_len // config.fsq_depth
+        self.vector_dim = len(levels)
+        self.latent_dim = self.condition_dim = self.num_groups * len(levels)
+        self.inner = ResidualFSQ(levels=levels, num_quantizers=self.depth)
+        # Latents that start off-centre would all fall on one side of a level and stay there.
+        self.centre = nn.BatchNorm1d(self.latent_dim, affine=False)
+
+    def _quantize(self, latents: Tensor, hardness: float) -> Quantized:
+        latents = _EVEN_SPREAD * self.centre(latents)
+        _, codes = self.inner(latents.view(len(latents), self.num_groups, -1))  # (B, groups, depth)
+        codes = codes.transpose(1, 2).flatten(1).long()  # coarse codes of all groups first
+        limit: Tensor = self.inner.soft_clamp_input_value.repeat(self.num_groups)  # type: ignore[operator, assignment]
+        soft = limit * torch.tanh(latents / limit)
+        condition = soft + hardness * (self.condition(codes) - soft).detach()  # straight through
+        return Quantized(condition, codes, latents.new_zeros(()))
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        by_group = codes.view(len(codes), self.depth, self.num_groups).transpose(1, 2)
+        return self.inner.get_codes_from_indices(by_group).transpose(0, 1).flatten(1, 2)  # (B, depth * groups, D)
+
+    def condition(self, codes: Tensor) -> Tensor:
+        return self.vectors(codes).view(len(codes), self.depth, -1).sum(1)
+
+    @contextmanager
+    def calibrating(self) -> Iterator[None]:
+        momentum, self.centre.momentum = self.centre.momentum, None  # a plain average over all batches
+        self.centre.reset_running_stats()
+        try:
+            yield
+        finally:
+            self.centre.momentum = momentum
+
+
+class LearntCodebook(CodeQuantizer):
+    """A codebook that all positions share, learnt by moving averages or by gradient."""
+
+    def __init__(self, config: LAQConfig):
+        super().__init__(config)
+        self.vector_dim = config.code_dim
+        self.latent_dim = self.condition_dim = config.code_seq_len * config.code_dim
+        learns_by_gradient = config.quantizer == "diveq"
+        self.inner = VectorQuantize(
+            dim=config.code_dim,
+            codebook_size=config.codebook_size,
+            threshold_ema_dead_code=2,
+            kmeans_init=True,
+            sync_codebook=torch.distributed.is_available() and torch.distributed.is_initialized(),
+            directional_reparam=learns_by_gradient,
+            rotation_trick=not learns_by_gradient,
+        )
+
+    def _quantize(self, latents: Tensor, hardness: float) -> Quantized:
+        vectors, codes, loss = self.inner(latents.view(len(latents), self.code_seq_len, -1))
+        return Quantized(vectors.flatten(1), codes.long(), loss.sum())
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        return self.inner.get_codes_from_indices(codes)
+
+
+def make_quantizer(config: LAQConfig) -> CodeQuantizer:
+    """The quantiser that `config.quantizer` names."""
+    return ScalarQuantizer(config) if config.quantizer == "fsq" else LearntCodebook(config)

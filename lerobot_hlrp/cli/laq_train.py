@@ -56,7 +56,7 @@ def train(command: TrainLAQCommand) -> int:
     import torch
 
     torch.manual_seed(command.seed)
-    laq = LatentActionQuantizer(command.laq)
+    laq = LatentActionQuantizer.for_training(command.laq)
     settings = {"dataset": fingerprint, "camera": camera, "eval_share": command.eval_share}
     figures = train_laq(laq, training, held_out, command, output_dir=command.output_dir, settings=settings)
     if figures is None:

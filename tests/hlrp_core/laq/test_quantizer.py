@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hlrp_core.laq.config import LAQConfig, fsq_levels
+from hlrp_core.laq.config import QUANTIZERS, LAQConfig, fsq_levels
 from hlrp_core.laq.quantizer import LatentActionQuantizer
+from hlrp_core.laq.quantizers import make_quantizer
 
 TINY = {"image_size": 16, "hidden_dim": 16, "num_layers": 1}
 
@@ -32,15 +33,29 @@ def random_frames(size: int, num_frames: int = 2, side: int = 16, seed: int = 0)
 
 @pytest.mark.parametrize("codebook_size", [2, 3, 8, 12, 64, 100, 256, 1024])
 def test_fsq_levels_multiply_to_the_codebook_size(codebook_size):
-    assert math.prod(fsq_levels(codebook_size)) == codebook_size
+    levels = fsq_levels(codebook_size)
+    assert math.prod(levels) == codebook_size
+    assert max(levels) <= 16
+
+
+@pytest.mark.parametrize(
+    ("codebook_size", "levels"), [(8, [8]), (16, [16]), (24, [6, 4]), (64, [8, 8]), (256, [16, 16])]
+)
+def test_fsq_levels_are_few_and_even(codebook_size, levels):
+    assert fsq_levels(codebook_size) == levels
 
 
 def test_a_codebook_size_without_levels_names_the_nearest():
-    with pytest.raises(ValueError, match="use 10 or 12"):
-        LAQConfig(codebook_size=11)
+    with pytest.raises(ValueError, match="use 16 or 18"):
+        LAQConfig(codebook_size=17)
 
 
-@pytest.mark.parametrize("quantizer", ["fsq", "vq", "diveq"])
+def test_a_depth_that_does_not_divide_the_positions_is_refused():
+    with pytest.raises(ValueError, match=r"divisor of code_seq_len=4, got 3.*use 1"):
+        LAQConfig(code_seq_len=4, fsq_depth=3)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 @pytest.mark.parametrize(("codebook_size", "code_seq_len"), [(8, 4), (256, 8)])
 def test_codes_are_in_range_and_name_their_vectors(quantizer, codebook_size, code_seq_len):
     laq = make_laq(quantizer=quantizer, codebook_size=codebook_size, code_seq_len=code_seq_len)
@@ -50,8 +65,31 @@ def test_codes_are_in_range_and_name_their_vectors(quantizer, codebook_size, cod
     assert codes.dtype == torch.long
     assert 0 <= int(codes.min()) <= int(codes.max()) < codebook_size
     source, target = laq._transitions(laq.prepare(frames))
-    vectors, _, _ = laq.quantizer(laq.encoder(source, target))
-    torch.testing.assert_close(laq.code_vectors(codes), vectors, atol=1e-5, rtol=1e-5)
+    condition = laq.quantizer(laq.encoder(source, target)).condition
+    torch.testing.assert_close(laq.quantizer.condition(codes), condition, atol=1e-5, rtol=1e-5)
+    assert laq.code_vectors(codes).shape == (6, code_seq_len, laq.quantizer.vector_dim)
+
+
+@pytest.mark.parametrize(("codebook_size", "levels"), [(8, 8), (256, 16)])
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_later_positions_refine_earlier_ones(codebook_size, levels, depth):
+    quantizer = make_quantizer(LAQConfig(codebook_size=codebook_size, code_seq_len=4, fsq_depth=depth))
+    latents = torch.randn(500, quantizer.latent_dim, generator=torch.Generator().manual_seed(0))
+    soft = quantizer.train()(latents, hardness=0.0).condition  # what a quantiser of endless precision would hand on
+    vectors = quantizer.vectors(quantizer(latents).codes).view(500, depth, -1)
+    for used in range(1, depth + 1):
+        error = (vectors[:, :used].sum(1) - soft).abs().max().item()
+        assert error <= 1.01 / (levels - 1) * levels ** -(used - 1)
+
+
+def test_the_gradient_passes_straight_through_the_quantiser():
+    quantizer = make_quantizer(LAQConfig()).train()
+    latents = torch.randn(64, quantizer.latent_dim, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    gradients = [
+        torch.autograd.grad(quantizer(latents, hardness=h).condition.square().sum(), latents)[0] for h in (0.0, 1.0)
+    ]
+    cosine = torch.nn.functional.cosine_similarity(gradients[0].flatten(), gradients[1].flatten(), dim=0)
+    assert cosine > 0.8
 
 
 def test_more_frames_are_labelled_as_their_pairs():
@@ -60,8 +98,8 @@ def test_more_frames_are_labelled_as_their_pairs():
     codes = laq.encode(frames)
     assert codes.shape == (5, 12)
     source, target = laq._transitions(laq.prepare(frames))
-    _, pair_codes, _ = laq.quantizer(laq.encoder(source, target))
-    torch.testing.assert_close(codes, pair_codes.view(5, 12))
+    pair_codes = laq.quantizer(laq.encoder(source, target)).codes
+    assert torch.equal(codes, pair_codes.view(5, 12))
     assert laq.code_seq_len == 12
 
 
@@ -106,11 +144,14 @@ def test_saved_and_loaded_in_another_process_the_codes_are_equal(tmp_path: Path)
     assert printed.strip().splitlines()[-1] == expected
 
 
-def test_a_folder_with_other_weights_is_refused(tmp_path: Path):
+def test_a_folder_with_altered_settings_is_refused(tmp_path: Path):
     make_laq().save_pretrained(tmp_path)
     config = tmp_path / "config.json"
-    config.write_text(config.read_text().replace('"code_seq_len": 4', '"code_seq_len": 5'))
-    with pytest.raises(ValueError, match="expected the settings and weights"):
+    config.write_text(config.read_text().replace('"codebook_size": 8', '"codebook_size": 16'))
+    with pytest.raises(ValueError, match="expected the settings that its weights were saved with"):
+        LatentActionQuantizer.from_pretrained(tmp_path)
+    config.write_text(config.read_text().replace('"num_layers": 1', '"num_layers": 2'))
+    with pytest.raises(ValueError, match="expected the settings and weights of one"):
         LatentActionQuantizer.from_pretrained(tmp_path)
 
 

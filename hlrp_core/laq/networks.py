@@ -1,0 +1,87 @@
+"""Encoder and decoder of a LAQ.
+
+Notable: the encoder reads the change through spatial softmax keypoints (Finn et al., arXiv 1509.06113), which give
+positions to sub-patch precision; the decoder adds a change to frame t and starts at exactly no change, so that training
+starts at the copy baseline.
+
+Shape legend: B batch, R image side, P patch side, G = R / P grid side, E channels, Z width of the encoder's latents,
+C width of what the decoder sees of the codes, F channels of the target, Y its side.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hlrp_core.laq.config import LAQConfig
+
+
+class PairEncoder(nn.Module):
+    """Two frames `[B, 3, R, R]` each -> latents `[B, Z]`."""
+
+    coordinates: Tensor
+
+    def __init__(self, config: LAQConfig, *, latent_dim: int, num_keypoints: int = 32, sharpness: float = 4.0):
+        super().__init__()
+        width, grid = config.hidden_dim, config.image_size // config.patch_size
+        self.sharpness = sharpness
+        # patches overlap by half: a small thing never hides on their border
+        self.patches = nn.Conv2d(9, width, 2 * config.patch_size, config.patch_size, config.patch_size // 2)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.GroupNorm(8, width), nn.GELU(), nn.Conv2d(width, width, 3, padding=1))
+            for _ in range(config.num_layers)
+        )
+        self.attention = nn.Conv2d(width, num_keypoints, 1)
+        self.values = nn.Conv2d(width, num_keypoints, 1)
+        self.head = nn.Sequential(nn.Linear(3 * num_keypoints, 4 * width), nn.GELU(), nn.Linear(4 * width, latent_dim))
+        self.register_buffer("coordinates", grid_coordinates(grid).flatten(1), persistent=False)  # (2, G * G)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        x = self.patches(torch.cat([source, target, 2 * (target - source)], dim=1))  # (B, E, G, G)
+        for block in self.blocks:
+            x = x + block(x)
+        where = torch.softmax(self.sharpness * self.attention(x).flatten(2).float(), dim=-1)  # (B, keypoints, G * G)
+        positions = where @ self.coordinates.T  # (B, keypoints, 2)
+        values = (where * self.values(x).flatten(2)).sum(-1, keepdim=True)  # (B, keypoints, 1)
+        return self.head(torch.cat([positions, values], dim=-1).flatten(1))
+
+
+class ChangeDecoder(nn.Module):
+    """Frame t as the target has it `[B, F, Y, Y]` and what the codes say `[B, C]` -> frame t+Δ, the same way.
+
+    Args:
+        config: depth and width.
+        condition_dim: C.
+        channels, size: F and Y of the target.
+        patch_size: pixels, or features, along a patch of it.
+    """
+
+    coordinates: Tensor
+
+    def __init__(self, config: LAQConfig, *, condition_dim: int, channels: int, size: int, patch_size: int):
+        super().__init__()
+        width, self.patch = config.hidden_dim, patch_size
+        kernel, padding = (3, 1) if patch_size == 1 else (2 * patch_size, patch_size // 2)
+        self.patches = nn.Conv2d(channels + 2, width, kernel, patch_size, padding)
+        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in range(config.num_layers))
+        self.convolutions = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(config.num_layers))
+        self.modulations = nn.ModuleList(nn.Linear(condition_dim, 2 * width) for _ in range(config.num_layers))
+        self.to_target = nn.Conv2d(width, channels * patch_size**2, 3, padding=1)
+        nn.init.zeros_(self.to_target.weight)  # no change: training starts at the copy of frame t
+        nn.init.zeros_(self.to_target.bias)  # type: ignore[arg-type]
+        self.register_buffer("coordinates", grid_coordinates(size)[None], persistent=False)
+
+    def forward(self, source: Tensor, condition: Tensor) -> Tensor:
+        x = self.patches(torch.cat([source, self.coordinates.expand(len(source), -1, -1, -1)], dim=1))  # (B, E, G, G)
+        for norm, convolution, modulation in zip(self.norms, self.convolutions, self.modulations, strict=True):
+            scale, shift = modulation(condition)[:, :, None, None].chunk(2, dim=1)
+            x = x + convolution(F.gelu(norm(x) * (1 + scale) + shift))
+        return source + F.pixel_shuffle(self.to_target(x), self.patch)
+
+
+def grid_coordinates(size: int) -> Tensor:
+    """x and y in [-1, 1] on a square grid, `[2, size, size]`."""
+    axis = torch.linspace(-1, 1, size)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.stack([x, y])
