@@ -210,14 +210,18 @@ def build_saved_backend(folder: str | Path, *, config: BackendConfig | None = No
     manifest = read_manifest(folder)
     saved = config_from_dict(manifest["backend"])
     config = config or saved
-    for name in ("codebook_size", "code_seq_len", "token_scheme"):
+    for name in ("codebook_size", "code_seq_len", "token_scheme", "latent_pooling"):
         if getattr(config, name) != getattr(saved, name):
             raise ValueError(
                 f"{name}: expected {getattr(saved, name)} as in the checkpoint {folder}, got {getattr(config, name)}. "
                 "Next step: leave the setting out, or train a new model for other codes."
             )
     core = build_core(
-        folder / BACKBONE, family=get_recipe(config.name).family, image_size=config.image_size, dtype=manifest["dtype"]
+        folder / BACKBONE,
+        family=get_recipe(config.name).family,
+        image_size=config.image_size,
+        image_splitting=config.image_splitting,
+        dtype=manifest["dtype"],
     )
     rows = core.lm_head.out_features
     if rows != manifest["vocabulary_rows"]:

@@ -56,8 +56,21 @@ def _compose_tokens(prompting: str) -> Callable[[BackendConfig, ModelCore, bool]
     return compose
 
 
+def _compose_latent(prompting: str) -> Callable[[BackendConfig, ModelCore, bool], ComposedBackend]:
+    def compose(config: BackendConfig, core: ModelCore, is_new: bool) -> ComposedBackend:
+        from hlrp_core.backends.latent_backends import compose_latent_backend
+
+        return compose_latent_backend(config, core, prompting=prompting)
+
+    return compose
+
+
 register_backend("qwen_chat", BackendRecipe("qwen3_vl", _compose_tokens("chat")))
 register_backend("qwen_plain", BackendRecipe("qwen3_vl", _compose_tokens("plain")))
+register_backend("qwen_latent_head", BackendRecipe("qwen3_vl", _compose_latent("plain")))
+register_backend("smol_chat", BackendRecipe("smolvlm", _compose_tokens("chat")))
+register_backend("smol_plain", BackendRecipe("smolvlm", _compose_tokens("plain")))
+register_backend("smol_latent_head", BackendRecipe("smolvlm", _compose_latent("plain")))
 
 
 def available_backends() -> list[str]:
@@ -102,5 +115,11 @@ def make_backend(
     config = BackendConfig(name=name, codebook_size=codebook_size, code_seq_len=code_seq_len, **settings)
     from hlrp_core.backbones.loading import load_core
 
-    core = load_core(backbone, family=recipe.family, image_size=config.image_size, dtype=dtype)
+    core = load_core(
+        backbone,
+        family=recipe.family,
+        image_size=config.image_size,
+        image_splitting=config.image_splitting,
+        dtype=dtype,
+    )
     return recipe.compose(config, core, True)

@@ -22,6 +22,8 @@ _WHITE = np.array((255, 255, 255), dtype=np.float32)
 _PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
 _PLACE_HALF = 0.27
 _OUTLINE = 0.022
+_GRIPPER_BODY = 0.12  # drawn wider than the tip that touches: a small vision model has to find it
+_GRIPPER_HALO = _GRIPPER_BODY + 0.022
 _SHADOW_OFFSET = np.array([0.02, -0.03])
 
 SignedDistance = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -85,11 +87,10 @@ class Renderer:
         self._fill(canvas, position, extent, distance, (0.0, 0.62 * colour), (_OUTLINE, colour))
 
     def _draw_gripper(self, image: np.ndarray, position: np.ndarray) -> None:
-        """A dark ring with a dot in the middle, on a white halo that keeps it visible on any colour."""
-        halo = GRIPPER_RADIUS + 0.022
-        rings = ((GRIPPER_RADIUS, _INK), (GRIPPER_RADIUS - 0.03, _WHITE), (0.02, _INK))
-        inner = [(halo - radius, colour) for radius, colour in rings]
-        self._fill(image, position, halo, _disc(halo), (0.0, _WHITE), *inner)
+        """A dark disc with a bright tip, on a white halo that keeps it visible on any colour."""
+        rings = ((_GRIPPER_BODY, _INK), (0.5 * GRIPPER_RADIUS, _WHITE))
+        inner = [(_GRIPPER_HALO - radius, colour) for radius, colour in rings]
+        self._fill(image, position, _GRIPPER_HALO, _disc(_GRIPPER_HALO), (0.0, _WHITE), *inner)
 
     def _fill(
         self,

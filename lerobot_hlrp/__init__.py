@@ -2,5 +2,6 @@
 
 from lerobot_hlrp.registration import import_after
 
-import_after("lerobot.configs.policies", "lerobot_hlrp.configuration_hlrp_qwen")
+for _policy_type in ("hlrp_qwen", "hlrp_smolvlm", "hlrp_smol_latent"):
+    import_after("lerobot.configs.policies", f"lerobot_hlrp.configuration_{_policy_type}")
 import_after("lerobot.envs.configs", "lerobot_hlrp.envs")

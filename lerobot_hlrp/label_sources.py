@@ -13,7 +13,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from lerobot_hlrp.fingerprint import dataset_fingerprint
 if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDatasetMetadata
 
+    from hlrp_core.laq.code_provider import CodeProvider
     from hlrp_core.laq.code_table import CodeTable
     from hlrp_core.laq.quantizer import LatentActionQuantizer
     from lerobot_hlrp.policy_config import HLRPConfig
@@ -91,7 +91,7 @@ class TableLabels:
             None,
             "Pass batches of a LeRobotDataset.",
         )
-        codes, valid = self.table.lookup(batch["index"].flatten().cpu())
+        codes, valid = self.table.provide_codes(index=batch["index"].flatten().cpu())
         return codes.to(frames.device), valid.to(frames.device)
 
 
@@ -121,13 +121,12 @@ class OnlineLabels:
             f"{frames.shape[1]}",
             "Build the dataset with the policy's observation_delta_indices, as lerobot-train does.",
         )
-        codes = self.laq.to(frames.device).encode(frames)
+        codes, valid = self.laq.to(frames.device).provide_codes(frames=frames)
         is_pad = batch.get(f"{self.camera}_is_pad")
-        valid = torch.ones(len(frames), dtype=torch.bool) if is_pad is None else ~is_pad.any(1)
-        return codes, valid.to(frames.device)
+        return codes, valid if is_pad is None else valid & ~is_pad.any(1).to(frames.device)
 
 
-def _facts(source: CodeTable | LatentActionQuantizer, laq_hash: str) -> dict[str, Any]:
+def _facts(source: CodeProvider, laq_hash: str) -> dict[str, Any]:
     sizes = {name: getattr(source, name) for name in ("codebook_size", "code_seq_len", "frame_gap")}
     return {**sizes, "laq_hash": laq_hash}
 

@@ -62,7 +62,7 @@ class HLRPConfig(PreTrainedConfig):
     backbone: str | None = None
     # How the instruction becomes a prompt: `chat` (the processor's own template) or `plain`.
     prompting: str = "chat"
-    # How codes are predicted; `tokens` writes them as text.
+    # How codes are predicted: `tokens` writes them as text, `latent` reads them off the prompt's hidden states.
     code_head: str = "tokens"
     # K, the codes that a position can take. By default that of the labels or of the checkpoint.
     codebook_size: int | None = None
@@ -70,10 +70,14 @@ class HLRPConfig(PreTrainedConfig):
     code_seq_len: int | None = None
     prompt: PromptConfig = field(default_factory=PromptConfig)
     token_scheme: TokenSchemeConfig = field(default_factory=TokenSchemeConfig)
-    # How codes are read from the model: `constrained`, `generate` or `free`.
+    # How codes are read from the model (code_head=tokens): `constrained`, `generate` or `free`.
     decoding: str = "constrained"
+    # How hidden states become codes (code_head=latent): from their `mean`, the `last` one, or by a learned `query`.
+    latent_pooling: str = "mean"
     # Pixels along an image's side, as the backbone sees it. By default as the backbone's processor has it.
     image_size: int | None = None
+    # An image as several tiles of `image_size` (hlrp_smolvlm, hlrp_smol_latent): sharper, and many times the tokens.
+    image_splitting: bool = False
     # Keep the vision tower as it is.
     freeze_vision: bool = False
     # Keep the whole backbone as it is.

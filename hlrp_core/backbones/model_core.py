@@ -214,6 +214,15 @@ class ModelCore(nn.Module, abc.ABC):
     def vision_parameters(self) -> list[nn.Parameter]:
         """Parameters of the vision tower."""
 
+    def _attention_mask(self, tokens: TokenBatch, cache: DynamicCache | None) -> Tensor | None:
+        if cache is None or self.model.config._attn_implementation != "sdpa":
+            # without padding the mask says nothing that causality does not, and SDPA is faster without one
+            return tokens.valid_mask if tokens.is_padded else None
+        # Complete already: transformers' general mechanism costs a decoding step as much as a layer of a small model.
+        num_new, num_all = tokens.ids.shape[1], tokens.valid_mask.shape[1]
+        causal = torch.ones(num_new, num_all, dtype=torch.bool, device=tokens.ids.device).tril(num_all - num_new)
+        return tokens.valid_mask[:, None, None, :] & causal  # (B, 1, new, all)
+
     @property
     def lm_head(self) -> nn.Linear:
         return self.model.get_output_embeddings()  # type: ignore[return-value]

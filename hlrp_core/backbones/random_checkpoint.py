@@ -7,17 +7,20 @@ them. `tiny` is for tests and for learning small worlds on a CPU, `small` is for
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.image_utils import PILImageResampling
 
 from hlrp_core.backbones.model_core import save_processor
 
@@ -198,9 +201,118 @@ def _qwen3_vl_model(processor: ProcessorMixin, size: str, num_embeddings: int) -
     return Qwen3VLForConditionalGeneration(config)
 
 
-_DEFAULT_IMAGE = {"tiny": (96, 12), "small": (224, 16)}  # image side and patch side, in pixels
-_PROCESSORS: dict[str, Callable[[int, int], ProcessorMixin]] = {"qwen3_vl": _qwen3_vl_processor}
-_MODELS: dict[str, Callable[[ProcessorMixin, str, int], PreTrainedModel]] = {"qwen3_vl": _qwen3_vl_model}
+def _smolvlm_processor(image_size: int, patch_size: int) -> ProcessorMixin:
+    from transformers import PreTrainedTokenizerFast, SmolVLMImageProcessor, SmolVLMProcessor
+    from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
+
+    with tempfile.TemporaryDirectory() as name:
+        train_tokenizer_files(Path(name), vocab_size=640)
+        bpe = Tokenizer(BPE.from_file(f"{name}/vocab.json", f"{name}/merges.txt"))
+    bpe.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    bpe.decoder = ByteLevelDecoder()
+    names = {"fake_image_token": "<fake_token_around_image>", "image_token": "<image>"}
+    names |= {"global_image_token": "<global-img>", "end_of_utterance_token": "<end_of_utterance>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        unk_token="<|endoftext|>",
+        bos_token="<|im_start|>",
+        pad_token="<|im_end|>",
+        eos_token="<end_of_utterance>",
+        extra_special_tokens=names,
+        clean_up_tokenization_spaces=False,
+    )
+    tiles = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+    marks = [AddedToken(tile, special=True, normalized=False) for tile in tiles]
+    tokenizer.add_tokens(marks, special_tokens=True)  # type: ignore[arg-type]
+    settings = {
+        "size": {"longest_edge": 4 * image_size},
+        "max_image_size": {"longest_edge": image_size},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "resample": PILImageResampling.BICUBIC,
+    }
+    return SmolVLMProcessor(
+        image_processor=SmolVLMImageProcessor(**settings, do_image_splitting=False, do_resize=False, do_pad=False),
+        tokenizer=tokenizer,
+        video_processor=SmolVLMVideoProcessor(**settings),
+        image_seq_len=(image_size // patch_size // _SMOLVLM_SCALE) ** 2,
+        chat_template=_SMOLVLM_CHAT_TEMPLATE,
+    )
+
+
+_SMOLVLM_SCALE = 2  # patches along a side that become one image token
+_SMOLVLM_CHAT_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+def _smolvlm_model(processor: ProcessorMixin, size: str, num_embeddings: int) -> PreTrainedModel:
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    shape = {
+        # width, layers, heads, key/value heads, MLP width, vision width, vision layers, vision heads
+        "tiny": (128, 3, 4, 2, 384, 64, 2, 2),
+        "small": (768, 8, 12, 4, 2304, 384, 6, 6),
+    }[size]
+    width, layers, heads, kv_heads, mlp, v_width, v_layers, v_heads = shape
+    tokenizer = processor.tokenizer  # type: ignore[attr-defined]
+    image_size = processor.image_processor.max_image_size["longest_edge"]  # type: ignore[attr-defined]
+    pixels_per_token = image_size // math.isqrt(processor.image_seq_len)  # type: ignore[attr-defined]
+    # the published models have larger patches and merge more of them than a small image could bear
+    scale = 2 * _SMOLVLM_SCALE if pixels_per_token % 64 == 0 else _SMOLVLM_SCALE
+    # as for Qwen3-VL above: 1 / sqrt(width) keeps the scale of what passes through a layer
+    init, vision_init = width**-0.5, v_width**-0.5
+    config = SmolVLMConfig(
+        text_config={  # type: ignore[call-arg]
+            "model_type": "llama",
+            "vocab_size": num_embeddings,
+            "hidden_size": width,
+            "intermediate_size": mlp,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": width // heads,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "initializer_range": init,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        vision_config={  # type: ignore[call-arg]
+            "hidden_size": v_width,
+            "intermediate_size": 4 * v_width,
+            "num_hidden_layers": v_layers,
+            "num_attention_heads": v_heads,
+            "image_size": image_size,
+            "patch_size": pixels_per_token // scale,
+            "initializer_range": vision_init,
+        },
+        scale_factor=scale,  # type: ignore[call-arg]
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),  # type: ignore[call-arg]
+        pad_token_id=tokenizer.pad_token_id,  # type: ignore[call-arg]
+        tie_word_embeddings=False,  # type: ignore[call-arg] - as in the published models
+    )
+    return SmolVLMForConditionalGeneration(config)
+
+
+_DEFAULT_IMAGE = {  # image side and patch side, in pixels
+    "qwen3_vl": {"tiny": (96, 12), "small": (224, 16)},
+    "smolvlm": {"tiny": (64, 8), "small": (256, 16)},
+}
+_PROCESSORS: dict[str, Callable[[int, int], ProcessorMixin]] = {
+    "qwen3_vl": _qwen3_vl_processor,
+    "smolvlm": _smolvlm_processor,
+}
+_MODELS: dict[str, Callable[[ProcessorMixin, str, int], PreTrainedModel]] = {
+    "qwen3_vl": _qwen3_vl_model,
+    "smolvlm": _smolvlm_model,
+}
 FAMILIES = tuple(_MODELS)
 
 
@@ -233,7 +345,7 @@ def write_random_checkpoint(
         raise ValueError(
             f"folder: expected a new or empty one, got {folder} with files in it. Next step: name another or delete it."
         )
-    made = _PROCESSORS[family](*_DEFAULT_IMAGE[size]) if processor is None else _load_processor(processor)
+    made = _PROCESSORS[family](*_DEFAULT_IMAGE[family][size]) if processor is None else _load_processor(processor)
     # a multiple of 64 with room for small codebooks, as real checkpoints have it
     num_embeddings = -(-(len(made.tokenizer) + 32) // 64) * 64  # type: ignore[attr-defined]
     with torch.random.fork_rng(devices=[]):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from hlrp_core.codes.token_scheme import TokenSchemeConfig
 from hlrp_core.heads.action_head import ActionHeadConfig
 from hlrp_core.prompting.prompt import PromptConfig
 
 CodeSource = Literal["predicted", "teacher"]
+LatentPooling = Literal["mean", "last", "query"]
 
 
 @dataclass
@@ -19,9 +20,12 @@ class BackendConfig:
     codebook_size: K.
     code_seq_len: S.
     image_size: pixels along a square image's side, as the backbone sees it; None keeps the processor's settings.
+    image_splitting: an image in several tiles of `image_size`, where the backbone's family can (SmolVLM).
     prompt: what stands around image and instruction.
     token_scheme: how codes are written (token backends).
     decoding: `constrained`, `generate` or `free` (token backends).
+    latent_pooling: how the prompt's hidden states are summed up (latent-head backends): their `mean`, the `last` one,
+        or a learned `query` for each code position.
     action_head: None for a backend that predicts codes alone.
     code_source: codes that a code-conditioned action head trains on: those it will see (`predicted`), or the
         labels (`teacher`).
@@ -33,9 +37,11 @@ class BackendConfig:
     codebook_size: int = 8
     code_seq_len: int = 4
     image_size: int | None = None
+    image_splitting: bool = False
     prompt: PromptConfig = field(default_factory=PromptConfig)
     token_scheme: TokenSchemeConfig = field(default_factory=TokenSchemeConfig)
     decoding: str = "constrained"
+    latent_pooling: LatentPooling = "mean"
     action_head: ActionHeadConfig | None = None
     code_source: CodeSource = "predicted"
     codes_loss_weight: float = 1.0
@@ -52,6 +58,9 @@ class BackendConfig:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if self.code_source not in ("predicted", "teacher"):
             raise ValueError(f"code_source: expected 'predicted' or 'teacher', got {self.code_source!r}")
+        if self.latent_pooling not in get_args(LatentPooling):
+            expected = ", ".join(get_args(LatentPooling))
+            raise ValueError(f"latent_pooling: expected one of {expected}, got {self.latent_pooling!r}")
         self._check_action_head()
 
     def _check_action_head(self) -> None:

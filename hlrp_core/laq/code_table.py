@@ -92,6 +92,12 @@ class CodeTable:
     def laq_hash(self) -> str:
         return self.header.laq_hash
 
+    def provide_codes(self, *, index: Tensor | None = None, frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `CodeProvider`; the table goes by `index`."""
+        if index is None:
+            raise ValueError("code table: expected the global index [B] of each frame t to look it up by, got None")
+        return self.lookup(index)
+
     def lookup(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Codes `[B, S]` long and valid `[B]` bool of global frame indices `[B]`.
 

@@ -148,6 +148,12 @@ class LatentActionQuantizer(
             self.train(was_training)
         return codes.view(len(frames), -1)
 
+    def provide_codes(self, *, index: Tensor | None = None, frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `CodeProvider`; a LAQ goes by `frames`, and says something of all of them."""
+        if frames is None:
+            raise ValueError("LAQ: expected frames [B, T, H, W, 3] to encode, got None")
+        return self.encode(frames), torch.ones(len(frames), dtype=torch.bool, device=frames.device)
+
     def code_vectors(self, codes: Tensor) -> Tensor:
         """Codes `[B, (T-1)*S]` -> the LAQ's own code vectors `[B, (T-1)*S, D]`."""
         self._check_codes(codes)

@@ -1,6 +1,7 @@
 """hlrp-backbone: a randomly initialised checkpoint of a real model class, in the Hugging Face layout.
 
     hlrp-backbone --family=qwen3_vl --size=tiny --output=outputs/backbone
+    hlrp-backbone --family=smolvlm --size=tiny --output=outputs/backbone
     hlrp-backbone --family=qwen3_vl --size=small --output=outputs/backbone --processor=<folder of a real processor>
 
 It stands in for a pretrained model where no hub can be reached, for tests, and for learning small worlds from scratch.

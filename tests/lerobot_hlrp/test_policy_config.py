@@ -26,6 +26,8 @@ FLAT = {
     "token_scheme": TokenSchemeConfig(separator=""),
     "decoding": "generate",
     "image_size": 64,
+    "image_splitting": True,
+    "latent_pooling": "query",
     "code_source": "teacher",
     "codes_loss_weight": 0.5,
     "actions_loss_weight": 2.0,

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hlrp_core.laq.code_provider import CodeProvider
+from hlrp_core.laq.code_table import CodeTable, CodeTableHeader
 from hlrp_core.laq.config import QUANTIZERS, LAQConfig, fsq_levels
 from hlrp_core.laq.quantizer import LatentActionQuantizer
 from hlrp_core.laq.quantizers import make_quantizer
@@ -170,3 +172,30 @@ def test_the_hash_follows_the_weights():
     with torch.no_grad():
         next(laq.parameters()).add_(1e-3)
     assert laq.weights_hash() != before
+
+
+def test_laq_and_table_provide_codes_alike():
+    laq = make_laq()
+    frames = random_frames(6)
+    codes, valid = laq.provide_codes(frames=frames)
+    header = CodeTableHeader(
+        dataset_id="a/b",
+        dataset_fingerprint="f",
+        camera="top",
+        frame_gap=laq.frame_gap,
+        num_frames=2,
+        codebook_size=8,
+        code_seq_len=4,
+        laq_id="laq",
+        laq_hash=laq.weights_hash(),
+    )
+    table = CodeTable(codes, valid, header)
+    providers: list[CodeProvider] = [laq, table]
+    index = torch.tensor([4, 1])
+    for provider in providers:
+        assert (provider.codebook_size, provider.code_seq_len, provider.frame_gap) == (8, 4, 3)
+        again, all_valid = provider.provide_codes(index=index, frames=frames[index])
+        assert torch.equal(again, codes[index])
+        assert bool(all_valid.all())
+        with pytest.raises(ValueError, match=r"expected .* got None"):
+            provider.provide_codes()
