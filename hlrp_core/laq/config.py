@@ -22,9 +22,9 @@ class LAQConfig:
     num_frames: T; T frames are T-1 transitions, and a label has (T-1)*S codes.
     quantizer: `fsq` (finite scalar quantisation: no collapse, no auxiliary loss), `vq` (learnt codebook by moving
         averages, dead codes replaced) or `diveq` (learnt by gradient through a noisy direction, in the manner of NSVQ).
-    fsq_depth: how many positions refine one another, with `fsq`: at depth 2 the first half of the positions is coarse
-        and the second half says what the first has left over, so that near motions share their first codes and a model
-        that reads codes from the left can predict them. 1: all positions independent. 0: 2 where S is even, else 1.
+    fsq_depth: how many positions refine one another, with `fsq`; a divisor of S. 1: every position has latents of its
+        own. At depth 2 the second half of the positions says what the first half has left over: finer, with half as
+        many latents.
     image_size: side of the square that frames are resized to.
     patch_size: side of a patch of that square.
     hidden_dim: channels of encoder and decoder.
@@ -41,7 +41,7 @@ class LAQConfig:
     frame_gap: int = 3
     num_frames: int = 2
     quantizer: QuantizerName = "fsq"
-    fsq_depth: int = 0
+    fsq_depth: int = 1
     image_size: int = 64
     patch_size: int = 4
     hidden_dim: int = 64
@@ -82,12 +82,10 @@ class LAQConfig:
                 f"laq: expected schema version {SCHEMA_VERSION}, got {self.schema_version}. "
                 "Next step: load it with the version of this package that saved it."
             )
-        if self.fsq_depth == 0:
-            self.fsq_depth = 2 if self.code_seq_len % 2 == 0 else 1
-        if self.fsq_depth < 0 or self.code_seq_len % self.fsq_depth:
+        if self.fsq_depth < 1 or self.code_seq_len % self.fsq_depth:
             raise ValueError(
                 f"laq.fsq_depth: expected a divisor of code_seq_len={self.code_seq_len}, got {self.fsq_depth}. "
-                "Next step: use 1 (positions independent of each other), or 0 to let the length decide."
+                "Next step: use 1 (every position has latents of its own)."
             )
         if self.quantizer == "fsq":
             fsq_levels(self.codebook_size)

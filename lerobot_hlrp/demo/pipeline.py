@@ -98,6 +98,7 @@ class Pipeline:
         ]
         command += [f"--laq.codebook_size={preset.codebook_size}", f"--laq.code_seq_len={preset.code_seq_len}"]
         command += [f"--steps={preset.laq_steps}", f"--batch_size={preset.laq_batch_size}"]
+        command += [f"--laq.num_layers={preset.laq_num_layers}"]
         title = "Stage 1: train the latent-action quantiser on frame pairs (no actions)"
         return Step("stage1", title, command, self.laq, lambda: command)
 

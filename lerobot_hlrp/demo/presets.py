@@ -27,7 +27,7 @@ class Preset:
     episodes: recorded in each tier.
     frame_gap: Δ in frames.
     codebook_size, code_seq_len: K and S.
-    laq_steps: of the quantiser's training.
+    laq_steps, laq_batch_size, laq_num_layers: of the quantiser and its training.
     codes, actions: budgets of stage 2 and stage 3.
     chunk_size, n_action_steps: actions predicted, and run, at once.
     noise: on the recorded expert's executed actions, so that the data show how to recover from errors.
@@ -47,8 +47,9 @@ class Preset:
     chunk_size: int = 8
     n_action_steps: int = 4
     without_words: bool = False
-    noise: float = 0.3
-    laq_batch_size: int = 64
+    noise: float = 0.1
+    laq_batch_size: int = 32
+    laq_num_layers: int = 3
     eval_curve_episodes: int = 20
     num_workers: int = 1
     holdout_share: float = 0.05
@@ -69,20 +70,20 @@ PRESETS = {
     ),
     "demo": Preset(
         tiers=("reach",),
-        episodes=4000,
+        episodes=8000,
         frame_gap=3,
-        laq_steps=900,
-        codes=Training(steps=2600, batch_size=32, lr=1e-3, warmup=100, save_freq=1000),
-        actions=Training(steps=1200, batch_size=32, lr=1e-3, warmup=100, save_freq=400, eval_freq=400),
+        laq_steps=1000,
+        codes=Training(steps=7000, batch_size=16, lr=1e-3, warmup=100, save_freq=1000),
+        actions=Training(steps=2000, batch_size=16, lr=1e-3, warmup=100, save_freq=500, eval_freq=500),
         eval_episodes=50,
     ),
     "full": Preset(
         tiers=("reach", "push"),
-        episodes=5000,
+        episodes=10000,
         frame_gap=3,
-        laq_steps=3000,
-        codes=Training(steps=9000, batch_size=32, lr=1e-3, warmup=200, save_freq=1000),
-        actions=Training(steps=4000, batch_size=32, lr=7e-4, warmup=100, save_freq=1000, eval_freq=1000),
+        laq_steps=2000,
+        codes=Training(steps=18000, batch_size=16, lr=1e-3, warmup=200, save_freq=2000),
+        actions=Training(steps=8000, batch_size=16, lr=1e-3, warmup=100, save_freq=2000, eval_freq=2000),
         eval_episodes=50,
         without_words=True,
     ),
