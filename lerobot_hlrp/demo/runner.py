@@ -128,7 +128,9 @@ def run_logged(command: list[str], log: Path, *, append: bool = False) -> int:
 
     An interrupt reaches the command too (same process group): it may save its state before this raises.
     """
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # One thread unless the user wants more: models this small gain little from a second one, which also has to wait
+    # whenever anything else runs (a data loader, another program), and results then depend on the number of cores.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
     program = shutil.which(command[0], path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if program is None:
         raise StepError(f"expected the command {command[0]} to be installed, got none. Next step: pip install -e .")
