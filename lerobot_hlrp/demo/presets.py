@@ -74,7 +74,7 @@ PRESETS = {
         frame_gap=3,
         laq_steps=1000,
         codes=Training(steps=2400, batch_size=64, lr=1.5e-3, warmup=100, save_freq=400),
-        actions=Training(steps=800, batch_size=64, lr=1e-3, warmup=50, save_freq=200, eval_freq=200),
+        actions=Training(steps=400, batch_size=64, lr=1e-3, warmup=50, save_freq=100, eval_freq=100),
         eval_episodes=50,
     ),
     "full": Preset(
