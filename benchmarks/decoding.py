@@ -3,11 +3,9 @@
     python benchmarks/decoding.py --output outputs/decoding.json
 
 The floor is what no decoder of S codes can go below: the vision tower and the prefill of the prompt, then S - 1 steps
-of
-one token over the cache, with no vocabulary projection at all. All three get the same encoded prompts and take
+of one token over the cache, with no vocabulary projection at all. All three get the same encoded prompts and take
 turns; `constrained` and `generate` give the same codes (checked). `whole` is `latent_from_batch`: image processing,
-prompts
-and constrained decoding. Times are medians in milliseconds, on one thread.
+prompts and constrained decoding. Times are medians in milliseconds, on one thread.
 """
 
 from __future__ import annotations

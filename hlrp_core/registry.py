@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from hlrp_core.backends.config import BackendConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hlrp_core.backbones.model_core import ModelCore
     from hlrp_core.backends.composed import ComposedBackend
 
@@ -96,6 +98,7 @@ def make_backend(
     codebook_size: int,
     code_seq_len: int,
     dtype: str = "float32",
+    code_vectors: Tensor | None = None,
     **settings,
 ) -> ComposedBackend:
     """Build a backend on a pretrained backbone.
@@ -106,6 +109,7 @@ def make_backend(
         codebook_size: K.
         code_seq_len: S.
         dtype: of the backbone's weights.
+        code_vectors: `[S, K, D]` of the LAQ (`code_vector_table()`), for the action head `laq`.
         settings: further fields of `BackendConfig`, such as `prompt=PromptConfig(...)` or `action_head=...`.
 
     Raises:
@@ -114,6 +118,7 @@ def make_backend(
     recipe = get_recipe(name)
     config = BackendConfig(name=name, codebook_size=codebook_size, code_seq_len=code_seq_len, **settings)
     from hlrp_core.backbones.loading import load_core
+    from hlrp_core.heads import hand_over_code_vectors
 
     core = load_core(
         backbone,
@@ -122,4 +127,6 @@ def make_backend(
         image_splitting=config.image_splitting,
         dtype=dtype,
     )
-    return recipe.compose(config, core, True)
+    backend = recipe.compose(config, core, True)
+    hand_over_code_vectors(backend.action_head, code_vectors)
+    return backend

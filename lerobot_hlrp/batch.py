@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
@@ -83,12 +84,10 @@ class BatchReader:
         return self._build(batch, frames, **labels)
 
     def _build(self, batch: Batch, frames: Tensor, **rest: Any) -> ActionBatch:
-        return ActionBatch(
-            frames=frames[:, :1],
-            instructions=read_instructions(batch, len(frames)),
-            views={name: read_frames(batch, name)[:, 0] for name in self.config.extra_cameras},
-            **rest,
-        )
+        size = (frames.shape[2], frames.shape[3])
+        views = {name: resize_view(read_frames(batch, name)[:, 0], size) for name in self.config.extra_cameras}
+        instructions = read_instructions(batch, len(frames))
+        return ActionBatch(frames=frames[:, :1], instructions=instructions, views=views, **rest)
 
     def _read_frames(self, batch: Batch) -> Tensor:
         assert self.config.camera is not None  # settled by validate_features
@@ -136,6 +135,17 @@ def to_frames(images: Tensor) -> Tensor:
             )
         images = (images.float() * 255).round().to(torch.uint8)
     return (images if images.ndim == 5 else images[:, None]).movedim(-3, -1)
+
+
+def resize_view(view: Tensor, size: tuple[int, int]) -> Tensor:
+    """A further camera `[B, h, w, 3]` uint8 at the size of the LAQ's, `[B, H, W, 3]`.
+
+    A prompt's images are of one size, and a robot's cameras often are not.
+    """
+    if tuple(view.shape[1:3]) == size:
+        return view
+    images = F.interpolate(view.movedim(-1, 1).float(), size, mode="bilinear", antialias=True)  # (B, 3, H, W)
+    return images.round().clamp(0, 255).to(torch.uint8).movedim(1, -1)
 
 
 def read_frames(batch: Batch, camera: str) -> Tensor:

@@ -10,14 +10,18 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from hlrp_core.backends.composed import ComposedBackend
 from hlrp_core.bundle import WEIGHTS, build_saved_backend, config_from_dict, load_tensors, read_manifest
+from hlrp_core.heads import hand_over_code_vectors
 from hlrp_core.registry import make_backend
+from lerobot_hlrp.code_vectors import read_code_vectors
 from lerobot_hlrp.core_settings import build_backend_config
 from lerobot_hlrp.expectation import expect
 from lerobot_hlrp.features import adopt_features
 
 if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDatasetMetadata
+    from torch import Tensor
 
+    from hlrp_core.backends.config import BackendConfig
     from lerobot_hlrp.policy_config import HLRPConfig
 
 _HEAD = "action_head."
@@ -37,9 +41,20 @@ def build_new_backend(config: HLRPConfig) -> ComposedBackend:
         "Set --policy.backbone, or start from a checkpoint with --policy.path.",
     )
     assert config.backbone is not None
-    settings = dict(vars(build_backend_config(config)))
+    vectors = read_code_vectors(config)
+    settings = dict(vars(build_backend_config(config, code_vector_dim=_width(vectors))))
     config.codebook_size, config.code_seq_len = settings["codebook_size"], settings["code_seq_len"]
-    return make_backend(settings.pop("name"), backbone=config.backbone, dtype=config.backbone_dtype, **settings)
+    return make_backend(
+        settings.pop("name"),
+        backbone=config.backbone,
+        dtype=config.backbone_dtype,
+        code_vectors=vectors,
+        **settings,
+    )
+
+
+def _width(vectors: Tensor | None) -> int | None:
+    return None if vectors is None else vectors.shape[-1]
 
 
 def load_saved_backend(
@@ -56,10 +71,15 @@ def load_saved_backend(
     manifest = read_manifest(folder)
     saved = config_from_dict(manifest["backend"])
     _expect_same_backbone(config, manifest["extra"].get("backbone"), folder)
+    _expect_same_code_vectors(config, saved, manifest["extra"].get("laq") or {}, folder)
     is_new_head = saved.action_head is None
     if dataset_meta is not None:
         adopt_features(config, dataset_to_policy_features(dataset_meta.features), with_state=is_new_head)
-    backend = build_saved_backend(folder, config=build_backend_config(config, saved))
+    vectors = read_code_vectors(config) if is_new_head else None
+    settings = build_backend_config(config, saved, code_vector_dim=_width(vectors))
+    backend = build_saved_backend(folder, config=settings)
+    if is_new_head:
+        hand_over_code_vectors(backend.action_head, vectors)
     config.codebook_size, config.code_seq_len = saved.codebook_size, saved.code_seq_len
     load_tensors(backend, folder / WEIGHTS, new_parts=(_HEAD,) if is_new_head else ())
     return backend
@@ -74,6 +94,19 @@ def _expect_same_backbone(config: HLRPConfig, built_on: str | None, folder: Path
         f"{built_on}, on which the checkpoint {folder} was built",
         config.backbone,
         "Leave --policy.backbone out, as the checkpoint brings its own, or start afresh with --policy.type.",
+    )
+
+
+def _expect_same_code_vectors(config: HLRPConfig, saved: BackendConfig, laq: dict[str, Any], folder: Path) -> None:
+    """A saved head that decodes a LAQ's vectors cannot go on with the codes of another."""
+    if saved.action_head is None or saved.action_head.code_vector_dim is None:
+        return
+    expect(
+        config.laq_hash == laq.get("hash"),
+        "laq_hash",
+        f"{laq.get('hash')}, the LAQ whose code vectors the action head in {folder} decodes",
+        config.laq_hash,
+        "Leave --policy.laq_hash out; for another LAQ start from a checkpoint without an action head (stage 2).",
     )
 
 

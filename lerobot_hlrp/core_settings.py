@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 _FREE_HEAD_SETTINGS = ("num_flow_steps", "num_noise_draws", "time_sampling", "dropout")
 
 
-def build_backend_config(config: HLRPConfig, saved: BackendConfig | None = None) -> BackendConfig:
+def build_backend_config(
+    config: HLRPConfig, saved: BackendConfig | None = None, *, code_vector_dim: int | None = None
+) -> BackendConfig:
     """The core's settings of a policy.
 
     Args:
         config: with its features settled, and its code sizes filled in from the labels.
         saved: settings of the checkpoint that is loaded; sizes that its weights fix come from there.
+        code_vector_dim: width of the LAQ's code vectors, for a new action head that decodes them.
 
     Raises:
         ValueError: a size is not known, or settings do not fit each other or the checkpoint.
@@ -37,7 +40,7 @@ def build_backend_config(config: HLRPConfig, saved: BackendConfig | None = None)
         token_scheme=config.token_scheme,
         decoding=config.decoding,
         latent_pooling=config.latent_pooling,  # type: ignore[arg-type]
-        action_head=_build_head_config(config, saved.action_head if saved is not None else None),
+        action_head=_build_head_config(config, saved.action_head if saved is not None else None, code_vector_dim),
         code_source=config.code_source,  # type: ignore[arg-type]
         codes_loss_weight=config.codes_loss_weight,
         actions_loss_weight=config.actions_loss_weight,
@@ -58,7 +61,9 @@ def _code_size(config: HLRPConfig, name: str, saved: BackendConfig | None) -> in
     return size or getattr(BackendConfig(), name)  # a vocabulary that no one uses has the default size
 
 
-def _build_head_config(config: HLRPConfig, saved: ActionHeadConfig | None) -> ActionHeadConfig | None:
+def _build_head_config(
+    config: HLRPConfig, saved: ActionHeadConfig | None, code_vector_dim: int | None
+) -> ActionHeadConfig | None:
     if config.action_head is None:
         return None
     action, state = config.action_feature, config.robot_state_feature
@@ -75,6 +80,7 @@ def _build_head_config(config: HLRPConfig, saved: ActionHeadConfig | None) -> Ac
         action_dim=action.shape[0] if action is not None else saved.action_dim,  # type: ignore[union-attr]
         state_dim=state.shape[0] if state is not None else 0,
         code_conditioning=config.resolved_code_conditioning,  # type: ignore[arg-type]
+        code_vector_dim=code_vector_dim if saved is None else saved.code_vector_dim,
         **{f.name: getattr(config.action_expert, f.name) for f in fields(ActionExpertConfig)},  # type: ignore[arg-type]
     )
     if saved is not None:

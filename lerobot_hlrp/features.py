@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from lerobot_hlrp.expectation import expect
 
 if TYPE_CHECKING:
     from lerobot_hlrp.policy_config import HLRPConfig
+
+logger = logging.getLogger(__name__)
 
 
 def settle_features(config: HLRPConfig) -> None:
@@ -39,6 +42,10 @@ def settle_features(config: HLRPConfig) -> None:
         channels = config.image_features[name].shape[0]
         expect(channels == 3, f"camera {name}", "3 colour channels", channels, "Choose an RGB camera.")
     # a camera that is not used need not be there when the policy runs
+    unused = [name for name in cameras if name not in used]
+    if unused:
+        names = ",".join(name.rsplit(".", 1)[-1] for name in unused)
+        logger.info("Cameras that the policy does not see: %s (--policy.extra_cameras=[%s])", ", ".join(unused), names)
     features = config.input_features or {}
     config.input_features = {key: ft for key, ft in features.items() if key not in cameras or key in used}
     if config.learns_actions:

@@ -146,6 +146,27 @@ def open_label_source(config: HLRPConfig, meta: LeRobotDatasetMetadata | None) -
     source = _open(config)
     if source is None:
         return None
+    adopt_facts(config, source)
+    config.label_span = source.span
+    if meta is not None:
+        longest = max(meta.episodes["length"])
+        expect(
+            source.span < longest,
+            "frame_gap",
+            f"labels that span less than {longest} frames, the length of the dataset's longest episode",
+            f"{source.span} from {source.title}",
+            "Use a LAQ with a smaller frame gap, or a dataset with longer episodes.",
+        )
+        source.check_dataset(config, meta)
+    return source
+
+
+def adopt_facts(config: HLRPConfig, source: LabelSource) -> None:
+    """Write what the source fixes into the config where it left that open.
+
+    Raises:
+        ValueError: the config has it otherwise; both sides are named.
+    """
     for name, value in source.facts.items():
         wanted = getattr(config, name)
         forget = f", or give the old codes up with --policy.{name}=null" if name in _FORGETTABLE else ""
@@ -158,17 +179,6 @@ def open_label_source(config: HLRPConfig, meta: LeRobotDatasetMetadata | None) -
         )
     for name, value in {**source.facts, "laq_id": source.laq_id}.items():
         setattr(config, name, value)
-    if meta is not None:
-        longest = max(meta.episodes["length"])
-        expect(
-            source.span < longest,
-            "frame_gap",
-            f"labels that span less than {longest} frames, the length of the dataset's longest episode",
-            f"{source.span} from {source.title}",
-            "Use a LAQ with a smaller frame gap, or a dataset with longer episodes.",
-        )
-        source.check_dataset(config, meta)
-    return source
 
 
 def _open(config: HLRPConfig) -> LabelSource | None:

@@ -31,7 +31,7 @@ from lerobot_hlrp.expectation import expect, expect_choice
 DTYPES = ("float32", "bfloat16", "float16")
 
 # Settings of an action head that the policy's config holds under the same names, or that the data decide.
-HEAD_SETTINGS_ELSEWHERE = ("kind", "chunk_size", "action_dim", "state_dim", "code_conditioning")
+HEAD_SETTINGS_ELSEWHERE = ("kind", "chunk_size", "action_dim", "state_dim", "code_conditioning", "code_vector_dim")
 
 ActionExpertConfig = make_dataclass(
     "ActionExpertConfig",
@@ -101,13 +101,17 @@ class HLRPConfig(PreTrainedConfig):
     laq_hash: str | None = None
     # Camera whose frames the LAQ saw and the policy sees, such as `top`. By default the only one.
     camera: str | None = None
-    # Further cameras that the policy sees at time t, in every mode.
-    extra_cameras: list[str] = field(default_factory=list)
+    # Further cameras that the policy sees at time t, in every mode, such as `[wrist,side]`.
+    extra_cameras: list[str] | str = field(default_factory=list)
     # Dataset frames between the two frames of a pair. By default as in the table or the LAQ.
     frame_gap: int | None = None
+    # Recorded: dataset frames from the first to the last that a label is made from; more than the gap with T > 2.
+    label_span: int | None = None
 
-    # `mlp`, `flow` or `prefix_flow`; by default the policy predicts codes alone.
+    # `mlp`, `flow`, `prefix_flow` or `laq`; by default the policy predicts codes alone.
     action_head: str | None = None
+    # Folder or Hub id of the LAQ whose code vectors a new action_head=laq takes over, where `laq` does not name it.
+    laq_weights: str | None = None
     action_expert: ActionExpertConfig = field(default_factory=ActionExpertConfig)  # type: ignore[valid-type]
     # How codes reach the action head: `tokens`, `soft` or `none`. By default `none` for prefix_flow, else `tokens`.
     code_conditioning: str | None = None
@@ -153,6 +157,11 @@ class HLRPConfig(PreTrainedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(
+            self.extra_cameras, str
+        ):  # beside --policy.path LeRobot reads flags as JSON: [wrist] is text there
+            names = (name.strip(" \"'") for name in self.extra_cameras.strip("[] ").split(","))
+            self.extra_cameras = [name for name in names if name]
         expect_choice("mode", self.mode, [mode.value for mode in BackendMode])
         expect_choice("dtype", self.dtype, DTYPES)
         expect_choice("backbone_dtype", self.backbone_dtype, DTYPES)
@@ -190,6 +199,13 @@ class HLRPConfig(PreTrainedConfig):
             "one source of labels",
             f"both ({self.codes} and {self.laq})",
             "Leave one of --policy.codes and --policy.laq out.",
+        )
+        expect(
+            self.laq_weights is None or self._decodes_code_vectors,
+            "laq_weights",
+            "action_head=laq beside it, which alone reads it",
+            f"action_head={self.action_head}",
+            "Leave --policy.laq_weights out; labels come from --policy.laq.",
         )
         expect(self.frame_gap is None or self.frame_gap >= 1, "frame_gap", "1 or more", self.frame_gap, "Raise it.")
         share = self.action_episode_share
@@ -231,6 +247,10 @@ class HLRPConfig(PreTrainedConfig):
             return self.code_conditioning
         return "none" if self.action_head is None or ACTION_HEADS[self.action_head].needs_prefix else "tokens"
 
+    @property
+    def _decodes_code_vectors(self) -> bool:
+        return self.action_head is not None and ACTION_HEADS[self.action_head].needs_code_vectors
+
     # -- what LeRobot asks for ------------------------------------------------------------------------------------
 
     @property
@@ -248,8 +268,8 @@ class HLRPConfig(PreTrainedConfig):
 
     @property
     def drop_n_last_frames(self) -> int:
-        """Frames at an episode's end that LeRobot's sampler leaves out: those whose pair would cross it."""
-        return (self.frame_gap or 0) if self.objectives == ("codes",) else 0
+        """Frames at an episode's end that LeRobot's sampler leaves out: those whose label would cross it."""
+        return (self.label_span or 0) if self.objectives == ("codes",) else 0
 
     @property
     def reward_delta_indices(self) -> None:
@@ -298,7 +318,8 @@ class HLRPConfig(PreTrainedConfig):
         `train_config.json` keeps them, so that a run can be resumed.
         """
         config = copy.copy(self)
-        for name in ("codes", "laq", "action_episodes", "action_episode_share", "rtc_config", "pretrained_path"):
+        paths = ("codes", "laq", "laq_weights", "pretrained_path")
+        for name in (*paths, "action_episodes", "action_episode_share", "rtc_config"):
             setattr(config, name, None)
         config.backbone = backbone_name(self.backbone)
         return config

@@ -188,7 +188,7 @@ def listed_labels() -> type[ListedLabels]:
 
 
 @pytest.fixture(scope="session")
-def make_tiny_policy(tiny_backbone: Callable[[str], Path]) -> Callable:
+def make_tiny_policy(tiny_backbone: Callable[[str], Path], tiny_laq: Path) -> Callable:
     """A policy of a type and mode on a tiny backbone: camera 32x32, state of 3, actions of 2, K=8, S=4."""
 
     def make(policy_type: str = "hlrp_qwen", mode: str = "multitask", labels=None, **settings):
@@ -202,6 +202,8 @@ def make_tiny_policy(tiny_backbone: Callable[[str], Path]) -> Callable:
         settings = {"codebook_size": 8, "code_seq_len": 4, "chunk_size": 4, "n_action_steps": 3, **settings}
         if mode != "codes":
             settings.setdefault("action_head", "prefix_flow")
+        if settings.get("action_head") == "laq":
+            settings.setdefault("laq_weights", str(tiny_laq))
         config = make_policy_config(policy_type, mode=mode, device="cpu", **settings)
         family = get_recipe(config.backends[config.prompting, config.code_head]).family
         config.backbone = config.backbone or str(tiny_backbone(family))
@@ -258,6 +260,9 @@ def make_tiny_backend(tiny_backbone: Callable[[str], Path]) -> Callable:
         if head is not None:
             sizes = {"chunk_size": 4, "action_dim": 2, "state_dim": 3, "hidden_dim": 32, "num_layers": 1}
             conditioning = settings.pop("code_conditioning", "none" if head == "prefix_flow" else "tokens")
+            if head == "laq":
+                sizes["code_vector_dim"] = 2
+                settings["code_vectors"] = torch.randn(4, 8, 2, generator=torch.Generator().manual_seed(1))
             settings["action_head"] = ActionHeadConfig(
                 kind=head, code_conditioning=conditioning, num_flow_steps=3, **sizes
             )

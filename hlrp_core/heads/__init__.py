@@ -14,6 +14,7 @@ from hlrp_core.heads.action_head import (
 )
 from hlrp_core.heads.flow import FlowHead
 from hlrp_core.heads.flow_matching import Guidance
+from hlrp_core.heads.laq_decoder import LAQDecoderHead, hand_over_code_vectors
 from hlrp_core.heads.mlp import MLPHead
 from hlrp_core.heads.prefix_flow import PrefixFlowHead
 
@@ -21,13 +22,14 @@ ACTION_HEADS: dict[str, type[ActionHead]] = {
     "mlp": MLPHead,
     "flow": FlowHead,
     "prefix_flow": PrefixFlowHead,
+    "laq": LAQDecoderHead,
 }
 
 
 def build_action_head(
     config: ActionHeadConfig, *, prefix_dim: int | None, codebook_size: int, code_seq_len: int
 ) -> ActionHead:
-    """The head that `config.kind` names, with fresh weights.
+    """The head that `config.kind` names, with fresh weights. `laq` still needs `hand_over_code_vectors`.
 
     Args:
         config: settings and sizes of the head.
@@ -57,8 +59,10 @@ __all__ = [
     "ContextSizes",
     "FlowHead",
     "Guidance",
+    "LAQDecoderHead",
     "MLPHead",
     "PrefixEncoding",
     "PrefixFlowHead",
     "build_action_head",
+    "hand_over_code_vectors",
 ]

@@ -26,7 +26,7 @@ class ActionHeadConfig:
     The attention and flow settings are read by the flow heads alone.
 
     Args:
-        kind: `mlp`, `flow` or `prefix_flow`.
+        kind: `mlp`, `flow`, `prefix_flow` or `laq`.
         chunk_size: C, actions predicted at once.
         action_dim: A.
         state_dim: D; 0 where the robot reports no state.
@@ -46,6 +46,7 @@ class ActionHeadConfig:
         code_conditioning: how codes reach the head: `tokens` (the predicted code of each position), `soft`
             (its distribution), `none` (only `prefix_flow` may do without).
         dropout: in the head's layers.
+        code_vector_dim: width of the LAQ's code vectors, for the head `laq` alone.
 
     Raises:
         ValueError: a setting is out of range, or two do not fit each other.
@@ -67,11 +68,12 @@ class ActionHeadConfig:
     time_sampling: TimeSampling = "beta"
     code_conditioning: CodeConditioning = "none"
     dropout: float = 0.0
+    code_vector_dim: int | None = None
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
             _check(getattr(self, name) >= 1, f"action head {name}", "1 or more", getattr(self, name), "Raise it.")
-        for name in ("num_kv_heads", "head_dim", "mlp_dim"):
+        for name in ("num_kv_heads", "head_dim", "mlp_dim", "code_vector_dim"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"action head {name}", "1 or more, or None", value, "Raise it.")
         _check(self.state_dim >= 0, "action head state_dim", "0 (no state) or more", self.state_dim, "Raise it.")
@@ -174,6 +176,8 @@ class ActionHead(nn.Module, abc.ABC):
     """
 
     needs_prefix: ClassVar[bool]
+    needs_code_vectors: ClassVar[bool] = False
+    """Whether it decodes the LAQ's own code vectors, which `set_code_vectors` hands to it once."""
     supports_guidance: ClassVar[bool]
     """Whether `predict` can be steered towards the chunk before it (real-time chunking)."""
 

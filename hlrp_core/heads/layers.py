@@ -1,6 +1,6 @@
 """Layers that the action heads share.
 
-Shape legend: B batch, N tokens, S code positions, K codebook size, H width.
+Shape legend: B batch, N tokens, S code positions, K codebook size, H width, D width of a LAQ's code vector.
 """
 
 from __future__ import annotations
@@ -50,11 +50,33 @@ class CodeEmbedding(nn.Module):
 
     def __init__(self, codebook_size: int, code_seq_len: int, dim: int):
         super().__init__()
+        self.dim = dim
         self.table = nn.Parameter(torch.randn(codebook_size, dim) * dim**-0.5)
         self.positions = nn.Parameter(torch.randn(code_seq_len, dim) * dim**-0.5)
 
     def forward(self, code_probs: Tensor) -> Tensor:
         return code_probs.to(self.table.dtype) @ self.table + self.positions
+
+
+class CodeVectors(nn.Module):
+    """Codes as a LAQ's own vectors: `[B, S, K]` -> `[B, S, D]`, the expected one of each position.
+
+    The vectors `[S, K, D]` are fixed and saved as they are. They are used centred, and scaled by one number for all of
+    them: a LAQ may have them anywhere and of any size, but how they lie to one another says what the codes mean.
+    """
+
+    vectors: Tensor
+
+    def __init__(self, codebook_size: int, code_seq_len: int, dim: int):
+        super().__init__()
+        self.dim = dim
+        # NaN until set or loaded: a forgotten table must not pass for one
+        self.register_buffer("vectors", torch.full((code_seq_len, codebook_size, dim), math.nan))
+
+    def forward(self, code_probs: Tensor) -> Tensor:
+        centred = self.vectors.float() - self.vectors.float().mean(1, keepdim=True)  # (S, K, D)
+        table = centred / centred.square().mean().sqrt().clamp(min=1e-6)
+        return torch.einsum("bsk,skd->bsd", code_probs.float(), table).to(self.vectors.dtype)
 
 
 class TimeEmbedding(nn.Module):

@@ -18,7 +18,7 @@ from hlrp_core.heads.action_head import (
     mean_over_steps,
 )
 from hlrp_core.heads.flow_matching import Guidance
-from hlrp_core.heads.layers import CodeEmbedding, GatedMLP, build_dropout, init_near_zero, rms_norm
+from hlrp_core.heads.layers import CodeEmbedding, CodeVectors, GatedMLP, build_dropout, init_near_zero, rms_norm
 
 
 class ResidualMLP(nn.Module):
@@ -49,16 +49,20 @@ class MLPHead(ActionHead):
     def __init__(self, config: ActionHeadConfig, sizes: ContextSizes):
         super().__init__(config, sizes)
         H = config.hidden_dim
-        self.codes = CodeEmbedding(sizes.codebook_size, sizes.code_seq_len, H)
-        self.layer_in = nn.Linear(sizes.code_seq_len * H + config.state_dim, H)
+        self.codes = self._build_codes()
+        self.layer_in = nn.Linear(sizes.code_seq_len * self.codes.dim + config.state_dim, H)
         self.layers = nn.Sequential(*[ResidualMLP(config) for _ in range(config.num_layers)])
         self.layer_out = nn.Linear(H, config.chunk_size * config.action_dim)
+
+    def _build_codes(self) -> CodeEmbedding | CodeVectors:
+        """What turns codes `[B, S, K]` into vectors `[B, S, dim]`."""
+        return CodeEmbedding(self.sizes.codebook_size, self.sizes.code_seq_len, self.config.hidden_dim)
 
     def forward(self, context: ActionContext) -> Tensor:
         """`[B, C, A]` float32."""
         self.check_context(context)
         assert context.code_probs is not None
-        features = self.codes(context.code_probs).flatten(1)  # (B, S * H)
+        features = self.codes(context.code_probs).flatten(1)  # (B, S * dim)
         if self.needs_state:
             assert context.state is not None
             features = torch.cat([features, context.state.to(features.dtype)], dim=-1)
@@ -73,8 +77,8 @@ class MLPHead(ActionHead):
     def predict(self, context: ActionContext, sampling: SamplingOptions, *, guidance: Guidance | None = None) -> Tensor:
         if sampling.prev_chunk_left_over is not None:
             raise ValueError(
-                "prev_chunk_left_over for action head 'mlp': expected None, because a regression has no steps "
-                "to guide, got a chunk. "
+                f"prev_chunk_left_over for action head '{self.config.kind}': expected None, because a regression has "
+                "no steps to guide, got a chunk. "
                 "Next step: switch real-time chunking off, or use the head 'flow' or 'prefix_flow'."
             )
         return self(context)

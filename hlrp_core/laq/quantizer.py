@@ -157,8 +157,15 @@ class LatentActionQuantizer(
     def code_vectors(self, codes: Tensor) -> Tensor:
         """Codes `[B, (T-1)*S]` -> the LAQ's own code vectors `[B, (T-1)*S, D]`."""
         self._check_codes(codes)
-        per_transition = codes.view(-1, self.config.code_seq_len)
+        per_transition = codes.reshape(-1, self.config.code_seq_len)
         return self.quantizer.vectors(per_transition).view(*codes.shape, -1)
+
+    @torch.no_grad()
+    def code_vector_table(self) -> Tensor:
+        """The vector of each code at each position, `[(T-1)*S, K, D]`: it depends on no other position's code."""
+        device = next(self.parameters()).device
+        codes = torch.arange(self.codebook_size, device=device)[:, None].repeat(1, self.code_seq_len)  # (K, S)
+        return self.code_vectors(codes).float().transpose(0, 1).contiguous()
 
     @torch.no_grad()
     def decode(self, frame: Tensor, codes: Tensor) -> Tensor:

@@ -55,9 +55,10 @@ def label(command: LabelCommand) -> int:
     )
     if table is None:
         return 130
+    span = table.frame_gap * (table.header.num_frames - 1)
     use = measure_codebook_use(table.codes[table.valid], table.codebook_size)
     print(
-        f"{int(table.valid.sum())} of {len(table)} frames labelled: the others have no frame t+{table.frame_gap} in "
+        f"{int(table.valid.sum())} of {len(table)} frames labelled: the others have no frame t+{span} in "
         f"their episode. Perplexity {use.perplexity:.2f} of {table.codebook_size}.\nThe code table: {command.output}"
     )
     return 0

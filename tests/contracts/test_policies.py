@@ -10,9 +10,10 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_policy_config
 
 import lerobot_policy_hlrp  # noqa: F401
+from hlrp_core.heads import ACTION_HEADS
 
 POLICY_TYPES = sorted(name for name in PreTrainedConfig.get_known_choices() if name.startswith("hlrp_"))
-HEADS = ("mlp", "flow", "prefix_flow")
+HEADS = tuple(ACTION_HEADS)
 CODES = [[1, 2, 3, 4], [0, 7, 0, 7], [5, 5, 6, 6]]
 
 

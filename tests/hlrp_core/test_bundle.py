@@ -316,6 +316,13 @@ def test_a_new_action_head_on_old_weights_starts_fresh_and_is_listed(make_tiny_b
     assert torch.equal(predictions(grown, False)[0], predictions(backend, False)[0])
 
 
+def test_a_laqs_code_vectors_travel_with_the_head(make_tiny_backend, tmp_path):
+    backend = scramble(make_tiny_backend("qwen_chat", "laq", code_conditioning="soft"))
+    loaded = load_backend(save_pretrained(backend, tmp_path / "saved"))
+    assert torch.equal(loaded.action_head.codes.vectors, backend.action_head.codes.vectors)
+    assert all(torch.equal(*pair) for pair in zip(predictions(loaded), predictions(backend), strict=True))
+
+
 def test_settings_round_trip():
     config = BackendConfig(
         name="qwen_plain",

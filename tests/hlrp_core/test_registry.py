@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 import hlrp_core
 from hlrp_core import available_backends, make_backend, register_backend, registry
@@ -11,6 +12,7 @@ from hlrp_core.heads import ActionHeadConfig
 from hlrp_core.registry import BackendRecipe, get_recipe
 
 SIZES = {"codebook_size": 8, "code_seq_len": 4}
+LAQ_HEAD = ActionHeadConfig(kind="laq", code_conditioning="tokens", code_vector_dim=2)
 
 
 def test_names():
@@ -86,6 +88,9 @@ def test_dtype(tiny_qwen):
             "code_conditioning=soft: expected decoding='constrained'",
         ),
         ({"action_head": ActionHeadConfig(kind="mlpp", code_conditioning="tokens")}, "did you mean 'mlp'"),
+        ({"action_head": LAQ_HEAD}, r"code vectors of action head 'laq'.*got None.*code_vector_table"),
+        ({"action_head": LAQ_HEAD, "code_vectors": torch.zeros(4, 9, 2)}, r"expected \[4, 8, 2\].*got \[4, 9, 2\]"),
+        ({"code_vectors": torch.zeros(4, 8, 2)}, "an action head that decodes them"),
     ],
 )
 def test_settings_that_cannot_work(settings, text, tiny_qwen):

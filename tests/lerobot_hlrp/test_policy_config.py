@@ -72,7 +72,7 @@ def test_every_setting_of_the_core_is_reached():
             **FLAT,
         )
     )
-    built = build_backend_config(config)
+    built = build_backend_config(config, code_vector_dim=5)
     assert set(FLAT) | {"name", "action_head"} == {f.name for f in fields(BackendConfig)}
     assert built.name == "qwen_plain"
     for name, value in FLAT.items():
@@ -80,6 +80,7 @@ def test_every_setting_of_the_core_is_reached():
         assert getattr(built, name) == value
 
     named = {"kind": "flow", "chunk_size": 12, "action_dim": 2, "state_dim": 3, "code_conditioning": "tokens"}
+    named["code_vector_dim"] = 5
     assert set(named) == set(HEAD_SETTINGS_ELSEWHERE)
     assert set(HEAD) | set(named) == {f.name for f in fields(ActionHeadConfig)}
     assert all(value != getattr(ActionHeadConfig(), name) for name, value in HEAD.items())
@@ -102,6 +103,7 @@ def test_flags_reach_nested_settings():
         ({"code_head": "latent"}, ["code_head", "tokens", "'latent'"]),
         ({"action_head": "flows"}, ["action_head", "mlp, flow, prefix_flow"]),
         ({"dtype": "int8"}, ["dtype", "bfloat16"]),
+        ({"action_head": "mlp", "laq_weights": "a"}, ["laq_weights", "action_head=laq", "action_head=mlp"]),
         ({"codes": "a", "laq": "b"}, ["--policy.codes", "--policy.laq", "a and b"]),
         ({"action_episodes": [0], "action_episode_share": 0.5}, ["action_episode_share", "one of them"]),
         ({"action_episode_share": 0.0}, ["action_episode_share", "above 0"]),
@@ -115,6 +117,18 @@ def test_settings_that_cannot_be_are_refused(settings, words):
         HLRPQwenConfig(**settings)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "value", [["wrist", "side"], "[wrist,side]", "[wrist, 'side']", '["wrist", "side"]', "wrist,side"]
+)
+def test_cameras_are_listed_in_any_usual_way(value):
+    assert HLRPQwenConfig(extra_cameras=value).extra_cameras == ["wrist", "side"]
+
+
+def test_no_cameras_is_no_camera():
+    for value in ("[]", "", []):
+        assert HLRPQwenConfig(extra_cameras=value).extra_cameras == []
 
 
 # -- cameras and features -------------------------------------------------------------------------------------------
@@ -163,10 +177,12 @@ def test_code_sizes_must_be_known_where_codes_are_used():
     assert built.codebook_size == BackendConfig().codebook_size  # no one uses them
 
 
-@pytest.mark.parametrize(("head", "expected"), [("mlp", "tokens"), ("flow", "tokens"), ("prefix_flow", "none")])
+@pytest.mark.parametrize(
+    ("head", "expected"), [("mlp", "tokens"), ("flow", "tokens"), ("prefix_flow", "none"), ("laq", "tokens")]
+)
 def test_each_action_head_has_its_usual_conditioning(head, expected):
     config = with_features(HLRPQwenConfig(mode="actions", action_head=head, codebook_size=8, code_seq_len=4))
-    assert build_backend_config(config).action_head.code_conditioning == expected
+    assert build_backend_config(config, code_vector_dim=1).action_head.code_conditioning == expected
 
 
 def test_a_head_cannot_change_under_its_weights():
@@ -193,7 +209,7 @@ def test_delta_indices_follow_mode_and_labels(tiny_laq):
     assert replace(online, mode="actions").observation_delta_indices is None  # no teacher is asked
     conditioned = replace(online, mode="actions", action_head="mlp", code_source="teacher")
     assert conditioned.observation_delta_indices == [0, 3]
-    assert [replace(c, frame_gap=5).drop_n_last_frames for c in (online, conditioned)] == [5, 0]
+    assert [replace(c, label_span=5).drop_n_last_frames for c in (online, conditioned)] == [5, 0]
     with pytest.raises(ValueError, match=r"laq: expected folder or Hub id.*config\.json"):
         _ = replace(online, laq=str(tiny_laq.parent)).observation_delta_indices
 
@@ -221,6 +237,8 @@ def test_a_saved_config_names_no_path_and_no_run(tmp_path):
         HLRPQwenConfig(
             backbone=str(tmp_path),
             codes="/data/table.safetensors",
+            laq_weights="/data/laq",
+            action_head="laq",
             laq_id="user/laq",
             laq_hash="abc",
             action_episodes=[1],

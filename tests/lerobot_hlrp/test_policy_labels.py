@@ -76,7 +76,7 @@ def meta(tiny_dataset: Path) -> LeRobotDatasetMetadata:
 def test_sizes_and_origin_come_from_the_labels(tiny_laq, tiny_dataset, code_table, meta):
     by_laq = HLRPQwenConfig(laq=str(tiny_laq), camera=CAMERA)
     assert open_label_source(by_laq, meta).facts["laq_hash"] == by_laq.laq_hash
-    assert (by_laq.codebook_size, by_laq.code_seq_len, by_laq.frame_gap) == (8, 4, 3)
+    assert (by_laq.codebook_size, by_laq.code_seq_len, by_laq.frame_gap, by_laq.label_span) == (8, 4, 3, 3)
     assert by_laq.laq_id == "tiny-laq"  # not the path
 
     by_table = HLRPQwenConfig(codes=str(code_table(tiny_dataset)), camera=CAMERA)

@@ -1,4 +1,6 @@
-"""Tiny heads and the inputs that fit them. B = 5, L = 7, W = 12, S = 3, K = 6, D = 4, C = 8, A = 2."""
+"""Tiny heads and the inputs that fit them. B = 5, L = 7, W = 12, S = 3, K = 6, D = 4, C = 8, A = 2.
+
+A LAQ's code vectors are of width 2."""
 
 from __future__ import annotations
 
@@ -9,11 +11,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hlrp_core.heads import ActionContext, ActionHead, ActionHeadConfig, PrefixEncoding, build_action_head
+from hlrp_core.heads import (
+    ActionContext,
+    ActionHead,
+    ActionHeadConfig,
+    PrefixEncoding,
+    build_action_head,
+    hand_over_code_vectors,
+)
 
-KINDS = ("mlp", "flow", "prefix_flow")
+REGRESSIONS = ("mlp", "laq")
 SIZES = {"prefix_dim": 12, "codebook_size": 6, "code_seq_len": 3}
 STATE_DIM, CHUNK, ACTION_DIM = 4, 8, 2
+CODE_VECTORS = torch.randn(3, 6, 2, generator=torch.Generator().manual_seed(5))  # (S, K, D)
 
 
 @pytest.fixture
@@ -24,8 +34,11 @@ def build() -> Callable[..., ActionHead]:
         torch.manual_seed(seed)
         defaults = {"hidden_dim": 32, "num_layers": 2, "num_heads": 4, "time_dim": 16, "num_flow_steps": 4}
         sizes = {"state_dim": STATE_DIM, "chunk_size": CHUNK, "action_dim": ACTION_DIM, "code_conditioning": "soft"}
+        if kind == "laq":
+            sizes["code_vector_dim"] = 2
         config = ActionHeadConfig(**{"kind": kind, **defaults, **sizes, **settings})
         head = build_action_head(config, **SIZES).eval()
+        hand_over_code_vectors(head, CODE_VECTORS if kind == "laq" else None)
         with torch.no_grad():
             for parameter in head.parameters():
                 parameter.add_(0.0 if is_fresh else 0.1 * torch.randn_like(parameter))
@@ -78,7 +91,7 @@ def fixed_loss() -> Callable[..., torch.Tensor]:
     """`per_sample_loss` without chance: flow heads get a noise and a time for each row."""
 
     def fixed_loss(head: ActionHead, context, actions, is_pad, rows: slice = slice(None)) -> torch.Tensor:
-        if head.config.kind == "mlp":
+        if head.config.kind in REGRESSIONS:
             return head.per_sample_loss(context, actions, is_pad)
         generator = torch.Generator().manual_seed(3)
         noise = torch.randn(5, CHUNK, ACTION_DIM, generator=generator)[rows]

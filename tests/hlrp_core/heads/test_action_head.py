@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from hlrp_core.contract import SamplingOptions
-from hlrp_core.heads import ACTION_HEADS, ActionContext, ActionHeadConfig, PrefixEncoding, build_action_head
+from hlrp_core.heads import (
+    ACTION_HEADS,
+    ActionContext,
+    ActionHeadConfig,
+    PrefixEncoding,
+    build_action_head,
+    hand_over_code_vectors,
+)
 
 SIZES = {"prefix_dim": 12, "codebook_size": 6, "code_seq_len": 3}
 
@@ -36,6 +43,7 @@ def test_defaults_are_valid() -> None:
         ({"num_flow_steps": 0}, "num_flow_steps: expected 1 or more, got 0"),
         ({"state_dim": -1}, "state_dim: expected 0"),
         ({"mlp_dim": 0}, "mlp_dim: expected 1 or more, or None, got 0"),
+        ({"code_vector_dim": 0}, "code_vector_dim: expected 1 or more, or None, got 0"),
         ({"dropout": 1.0}, "dropout: expected 0 <= dropout < 1, got 1.0"),
         ({"hidden_dim": 30}, "hidden_dim: expected a multiple of num_heads=4, got 30"),
         ({"num_kv_heads": 3}, "num_kv_heads: expected a divisor of num_heads=4, got 3"),
@@ -257,8 +265,11 @@ def train_on_toy(kind: str, *, is_ambiguous: bool) -> tuple[float, float, torch.
     torch.manual_seed(0)
     settings = {"hidden_dim": 32, "num_layers": 1, "num_heads": 2, "time_dim": 32, "num_noise_draws": 4}
     conditioning = "none" if kind == "prefix_flow" else "tokens"
+    if kind == "laq":
+        settings["code_vector_dim"] = 2
     config = ActionHeadConfig(kind=kind, chunk_size=2, action_dim=2, code_conditioning=conditioning, **settings)
     head = build_action_head(config, prefix_dim=3, codebook_size=3, code_seq_len=1)
+    hand_over_code_vectors(head, torch.randn(1, 3, 2) if kind == "laq" else None)
     num_steps = 250
     optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
@@ -292,7 +303,7 @@ def test_flow_finds_the_modes_and_regression_their_median(kind) -> None:
     _, _, predicted, _ = train_on_toy(kind, is_ambiguous=True)
     distances = torch.cdist(predicted.reshape(-1, 2), MODES)
     nearest, mode = distances.min(dim=-1)
-    if kind == "mlp":
+    if kind in ("mlp", "laq"):
         torch.testing.assert_close(predicted[:3, 0], torch.tensor([-0.5, 0.0]).expand(3, 2), atol=0.2, rtol=0)
         assert nearest.min() > 0.5
     else:

@@ -69,7 +69,11 @@ def test_codes_are_in_range_and_name_their_vectors(quantizer, codebook_size, cod
     source, target = laq._transitions(laq.prepare(frames))
     condition = laq.quantizer(laq.encoder(source, target)).condition
     torch.testing.assert_close(laq.quantizer.condition(codes), condition, atol=1e-5, rtol=1e-5)
-    assert laq.code_vectors(codes).shape == (6, code_seq_len, laq.quantizer.vector_dim)
+    vectors = laq.code_vectors(codes)
+    assert vectors.shape == (6, code_seq_len, laq.quantizer.vector_dim)
+    table = laq.code_vector_table()
+    assert table.shape == (code_seq_len, codebook_size, laq.quantizer.vector_dim)
+    assert torch.equal(table[torch.arange(code_seq_len), codes], vectors)
 
 
 @pytest.mark.parametrize(("codebook_size", "levels"), [(8, 8), (256, 16)])
@@ -102,6 +106,7 @@ def test_more_frames_are_labelled_as_their_pairs():
     source, target = laq._transitions(laq.prepare(frames))
     pair_codes = laq.quantizer(laq.encoder(source, target)).codes
     assert torch.equal(codes, pair_codes.view(5, 12))
+    assert torch.equal(laq.code_vector_table()[torch.arange(12), codes], laq.code_vectors(codes))
     assert laq.code_seq_len == 12
 
 
