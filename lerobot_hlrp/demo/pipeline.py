@@ -155,6 +155,7 @@ class Pipeline:
     def _training_flags(self, training: Training, folder: Path) -> list[str]:
         flags = [f"--output_dir={folder}", f"--steps={training.steps}", f"--batch_size={training.batch_size}"]
         flags += [f"--policy.optimizer_lr={training.lr}", f"--policy.scheduler_warmup_steps={training.warmup}"]
+        flags += [f"--policy.optimizer_betas=[0.9,{training.beta2}]"]
         flags += [f"--save_freq={training.save_freq}", f"--log_freq={LOG_FREQ}"]
         flags += [f"--env_eval_freq={training.eval_freq}"]
         flags += [f"--num_workers={self.preset.num_workers}", f"--dataset.eval_split={self.preset.holdout_share}"]

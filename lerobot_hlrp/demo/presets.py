@@ -10,14 +10,21 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Training:
-    """Budget of one training run."""
+    """Budget of one training run.
+
+    Args:
+        eval_freq: steps between evaluations in the tabletop; 0: none.
+        beta2: AdamW's. What the words point at is learnt all at once, after a long plateau; the noisier the steps on
+            it, the later.
+    """
 
     steps: int
     batch_size: int
     lr: float
     warmup: int
     save_freq: int
-    eval_freq: int = 0  # evaluations in the tabletop while training; 0: none
+    eval_freq: int = 0
+    beta2: float = 0.99
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ PRESETS = {
         episodes=8000,
         frame_gap=3,
         laq_steps=1000,
-        codes=Training(steps=2400, batch_size=64, lr=1.5e-3, warmup=100, save_freq=400),
+        codes=Training(steps=3000, batch_size=64, lr=1.5e-3, warmup=100, save_freq=500),
         actions=Training(steps=400, batch_size=64, lr=1e-3, warmup=50, save_freq=100, eval_freq=100),
         eval_episodes=50,
     ),
