@@ -207,7 +207,11 @@ class HLRPPolicy(PreTrainedPolicy):
 
     def _get_default_peft_targets(self) -> dict[str, Any]:
         """Adapters on the language model; what is new in it, and the action head, is trained and saved whole."""
-        whole = ["embed_tokens", "lm_head"] if "codes" in self.config.objectives else []
+        whole = []
+        if "codes" in self.config.objectives:
+            # codes as tokens are rows of the vocabulary; a latent head has weights of its own
+            has_own_weights = any(True for _ in self.backend.code_head.parameters())
+            whole += ["code_head"] if has_own_weights else ["embed_tokens", "lm_head"]
         if self.backend.action_head is not None:
             whole.append("action_head")
         projections = "(q|k|v|o|gate|up|down)_proj"

@@ -181,6 +181,30 @@ class ComposedBackend(nn.Module):
         with self._predicting():
             return self._predict_codes(self._prompt(batch, for_prediction=True), sampling or SamplingOptions(), None)
 
+    def latent_log_prob(self, batch: FoundationBatch, codes: Tensor) -> Tensor:
+        """Joint log-probability of given codes: log p(codes | frame t, instruction), one forward for all of them.
+
+        The distribution is the one that `latent_from_batch` draws from at temperature 1 with decoding=constrained: with
+        a token head a softmax over the K code rows at each code position, given the codes before it (wrapper and
+        separator tokens are certain); with a latent head S independent softmaxes. So it sums to 1 over all K^S codes.
+
+        Carries a gradient, in the modules' own mode: for policy gradients or a reward-weighted loss. To score alone,
+        call it under `torch.no_grad()`.
+
+        Args:
+            batch: B samples; their `target_codes`, if any, are not read.
+            codes: `[B, S]` long, in [0, K).
+
+        Returns:
+            `[B]` float32, natural logarithm.
+
+        Raises:
+            ValueError: `codes` has another shape or range.
+        """
+        codes = self._expect_codes(codes.to(self.core.device), "codes", batch.batch_size)
+        encoding, _ = self._encode_for_training(batch, ("codes",), codes)
+        return self.code_head.log_prob(self.core, encoding, codes)
+
     def predict_action_chunk(self, batch: ActionBatch, *, sampling: SamplingOptions | None = None) -> ActionOutput:
         """A chunk of actions, from frame t, the instruction and the state. Runs without gradient, in eval mode.
 
@@ -313,17 +337,20 @@ class ComposedBackend(nn.Module):
         if batch.target_codes is None:
             raise ValueError("expected target_codes [B, S], got None. Next step: label the data.")
         codes, mask = batch.target_codes.to(self.core.device), batch.codes_mask().to(self.core.device)
-        if codes.shape[1] != self.code_seq_len:
+        return self._expect_codes(torch.where(mask[:, None], codes, 0), "target_codes", batch.batch_size)
+
+    def _expect_codes(self, codes: Tensor, what: str, batch_size: int) -> Tensor:
+        """`codes`, if they are long, `[B, S]` and in [0, K)."""
+        if codes.dtype != torch.long or codes.shape != (batch_size, self.code_seq_len):
             raise ValueError(
-                f"target_codes: expected [B, {self.code_seq_len}] (the backend's code_seq_len), got "
-                f"{tuple(codes.shape)}. Next step: label with a LAQ of this code length, or build the backend with the "
-                "table's."
+                f"{what}: expected long [B, {self.code_seq_len}] (the backend's code_seq_len) with B={batch_size}, got "
+                f"{str(codes.dtype).removeprefix('torch.')} {tuple(codes.shape)}. Next step: label with a LAQ of this "
+                "code length, or build the backend with the table's."
             )
-        codes = torch.where(mask[:, None], codes, torch.zeros_like(codes))
         low, high = codes.aminmax()
         if int(low) < 0 or int(high) >= self.codebook_size:
             raise ValueError(
-                f"target_codes: expected codes in [0, {self.codebook_size}), got {int(low)} to {int(high)}. "
+                f"{what}: expected codes in [0, {self.codebook_size}), got {int(low)} to {int(high)}. "
                 "Next step: build the backend with the codebook size of the LAQ that made them."
             )
         return codes

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 from hlrp_core.backbones.model_core import ModelCore
 from hlrp_core.backends.composed import ComposedBackend
+from hlrp_core.backends.composition import compose_backend
 from hlrp_core.backends.config import BackendConfig
-from hlrp_core.heads import build_action_head
 from hlrp_core.heads.latent_head import LatentHead
-from hlrp_core.prompting.catalogue import PROMPTINGS
 
 
 def compose_latent_backend(config: BackendConfig, core: ModelCore, *, prompting: str) -> ComposedBackend:
     """Compose the core, its vocabulary as it is, with a prompting strategy and the heads."""
     if core.lm_head.weight is not core.model.get_input_embeddings().weight:
         core.lm_head.requires_grad_(False)  # nothing is written, so nothing teaches it: an optimizer need not hold it
-    action_head = None
-    if config.action_head is not None:
-        action_head = build_action_head(
-            config.action_head,
-            prefix_dim=core.hidden_dim,
-            codebook_size=config.codebook_size,
-            code_seq_len=config.code_seq_len,
-        )
     head = LatentHead(
         core.hidden_dim,
         codebook_size=config.codebook_size,
         code_seq_len=config.code_seq_len,
         pooling=config.latent_pooling,
     )
-    return ComposedBackend(
-        config, core=core, prompting=PROMPTINGS[prompting](core, config.prompt), code_head=head, action_head=action_head
-    )
+    return compose_backend(config, core, prompting=prompting, code_head=head)

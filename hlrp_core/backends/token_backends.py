@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from hlrp_core.backbones.model_core import ModelCore
 from hlrp_core.backends.composed import ComposedBackend
+from hlrp_core.backends.composition import compose_backend
 from hlrp_core.backends.config import BackendConfig
 from hlrp_core.codes.decoding import make_decoder
 from hlrp_core.codes.token_scheme import CodeVocabulary, add_code_tokens
-from hlrp_core.heads import build_action_head
 from hlrp_core.heads.code_tokens import CodeTokenHead
-from hlrp_core.prompting.catalogue import PROMPTINGS
 
 
 def compose_token_backend(config: BackendConfig, core: ModelCore, *, prompting: str, is_new: bool) -> ComposedBackend:
@@ -22,18 +21,5 @@ def compose_token_backend(config: BackendConfig, core: ModelCore, *, prompting: 
             [vocabulary.begin_id, vocabulary.end_id, *vocabulary.code_ids.tolist()]
         )
         core.grow_vocabulary(num_old=min(num_old, int(new_ids.min())), new_ids=new_ids)
-    action_head = None
-    if config.action_head is not None:
-        action_head = build_action_head(
-            config.action_head,
-            prefix_dim=core.hidden_dim,
-            codebook_size=config.codebook_size,
-            code_seq_len=config.code_seq_len,
-        )
-    return ComposedBackend(
-        config,
-        core=core,
-        prompting=PROMPTINGS[prompting](core, config.prompt),
-        code_head=CodeTokenHead(vocabulary, make_decoder(config.decoding, vocabulary)),
-        action_head=action_head,
-    )
+    head = CodeTokenHead(vocabulary, make_decoder(config.decoding, vocabulary))
+    return compose_backend(config, core, prompting=prompting, code_head=head)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -56,6 +57,14 @@ class CodeHead(nn.Module, abc.ABC):
     def loss(self, core: ModelCore, encoding: BackboneEncoding, codes: Tensor) -> CodeLoss: ...
 
     @abc.abstractmethod
+    def log_prob(self, core: ModelCore, encoding: BackboneEncoding, codes: Tensor) -> Tensor:
+        """Log-probability `[B]` float32 of drawing `codes` `[B, S]` at temperature 1, with its gradient.
+
+        Args:
+            encoding: of the prompt, and of `completion(codes)` behind it where the head has one.
+        """
+
+    @abc.abstractmethod
     def predict(
         self,
         core: ModelCore,
@@ -65,3 +74,9 @@ class CodeHead(nn.Module, abc.ABC):
         encoding: BackboneEncoding | None = None,
     ) -> LatentOutput:
         """Codes of left-padded prompts. `encoding`, where given, is of these prompts with a cache, and is used up."""
+
+
+def sum_code_log_probs(logits: Tensor, codes: Tensor) -> Tensor:
+    """Log-probability `[B]` float32 of codes `[B, S]` that were drawn from logits `[B, S, K]`."""
+    log_probs = F.log_softmax(logits.float(), dim=-1)
+    return log_probs.gather(2, codes[..., None])[..., 0].sum(1)

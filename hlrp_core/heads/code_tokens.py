@@ -15,7 +15,7 @@ from hlrp_core.backbones.model_core import ModelCore
 from hlrp_core.codes.decoding import CodeDecoder
 from hlrp_core.codes.token_scheme import CodeVocabulary
 from hlrp_core.contract import LatentOutput, SamplingOptions
-from hlrp_core.heads.code_head import BackboneEncoding, CodeHead, CodeLoss
+from hlrp_core.heads.code_head import BackboneEncoding, CodeHead, CodeLoss, sum_code_log_probs
 from hlrp_core.heads.linear_cross_entropy import linear_cross_entropy
 from hlrp_core.prompting.strategy import PromptInputs
 
@@ -38,10 +38,22 @@ class CodeTokenHead(CodeHead):
         # the prompt's positions are never projected
         per_token = linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten())  # (B * N)
         with torch.no_grad():
-            at_codes = hidden[:, self.vocabulary.code_slots.to(hidden.device)]  # (B, S, W)
-            rows = weight[self.vocabulary.code_ids.to(weight.device)]  # (K, W)
-            predicted = (at_codes.to(rows.dtype) @ rows.T).argmax(-1)  # (B, S)
+            predicted = self._code_logits(core, hidden).argmax(-1)  # (B, S)
         return CodeLoss(per_token.view_as(labels).mean(1), predicted)
+
+    def log_prob(self, core: ModelCore, encoding: BackboneEncoding, codes: Tensor) -> Tensor:
+        """Over the K code rows alone at each code position, as `constrained` draws: wrapper and separators are certain.
+
+        Not minus `loss`, which is the mean over all N tokens and over the whole vocabulary.
+        """
+        assert encoding.completion_hidden is not None
+        return sum_code_log_probs(self._code_logits(core, encoding.completion_hidden), codes)
+
+    def _code_logits(self, core: ModelCore, hidden: Tensor) -> Tensor:
+        """Logits `[B, S, K]` of the codes, from states `[B, N, W]` of a completion."""
+        at_codes = hidden[:, self.vocabulary.code_slots.to(hidden.device)]  # (B, S, W)
+        rows = core.lm_head.weight[self.vocabulary.code_ids.to(hidden.device)]  # (K, W)
+        return at_codes.to(rows.dtype) @ rows.T
 
     def predict(
         self,

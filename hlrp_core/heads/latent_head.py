@@ -18,7 +18,7 @@ from hlrp_core.backbones.model_core import ModelCore
 from hlrp_core.codes.decoding import pick_codes
 from hlrp_core.contract import LatentOutput, SamplingOptions
 from hlrp_core.heads.action_head import PrefixEncoding
-from hlrp_core.heads.code_head import BackboneEncoding, CodeHead, CodeLoss
+from hlrp_core.heads.code_head import BackboneEncoding, CodeHead, CodeLoss, sum_code_log_probs
 from hlrp_core.heads.layers import rms_norm
 from hlrp_core.prompting.strategy import PromptInputs
 
@@ -60,6 +60,10 @@ class LatentHead(CodeHead):
         logits = self(encoding.prefix)
         per_code = F.cross_entropy(logits.transpose(1, 2), codes, reduction="none")  # (B, S)
         return CodeLoss(per_code.mean(1), logits.detach().argmax(-1))
+
+    def log_prob(self, core: ModelCore, encoding: BackboneEncoding, codes: Tensor) -> Tensor:
+        """The code positions are independent given the prompt."""
+        return sum_code_log_probs(self(encoding.prefix), codes)
 
     def predict(
         self,

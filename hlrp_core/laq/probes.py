@@ -37,6 +37,10 @@ def measure_codebook_use(codes: Tensor, codebook_size: int) -> CodebookUse:
     return CodebookUse(counts, entropy.exp().mean().item(), (counts > 0).float().mean().item())
 
 
+# Below so many pairs a small perplexity says little: a single pair has 1, whatever its codes.
+MIN_PAIRS_TO_JUDGE = 32
+
+
 def check_no_collapse(use: CodebookUse, codebook_size: int) -> None:
     """Raises:
     CodebookCollapseError: the codes carry next to nothing.
@@ -47,6 +51,11 @@ def check_no_collapse(use: CodebookUse, codebook_size: int) -> None:
             f"{codebook_size}: the codes have collapsed. Next step: use laq.quantizer=fsq, a larger frame_gap (so that "
             "something moves), a smaller learning rate, or more steps."
         )
+
+
+def has_motion_to_tell(motion: Tensor) -> bool:
+    """Whether any of the motions `[N, A]` differs from another: without that an R² has no meaning."""
+    return len(motion) > 1 and bool((motion != motion[0]).any())
 
 
 def one_hot_features(codes: Tensor, codebook_size: int) -> Tensor:
@@ -72,7 +81,7 @@ def action_probe_r2(
     penalty[-1, -1] = 0  # the constant is free
     weights = torch.linalg.lstsq(x.T @ x + penalty, x.T @ y, driver="gelsd").solution
     target = test_motion.double()
-    if len(target) < 2 or not bool((target != target[0]).any()):
+    if not has_motion_to_tell(target):
         raise ValueError(
             f"action probe: expected held-out pairs whose motion differs, got {len(target)} without any difference. "
             "Next step: hold out more episodes (eval_share)."

@@ -9,6 +9,7 @@ A run that was stopped or killed continues from its newest checkpoint; its batch
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -25,14 +26,18 @@ from tqdm import tqdm
 from hlrp_core.laq.config import LAQConfig
 from hlrp_core.laq.pairs import FrameTuples
 from hlrp_core.laq.probes import (
+    MIN_PAIRS_TO_JUDGE,
     CodebookUse,
     action_probe_r2,
     check_no_collapse,
+    has_motion_to_tell,
     measure_codebook_use,
     psnr_gain_db,
 )
 from hlrp_core.laq.quantizer import LatentActionQuantizer
 from hlrp_core.run_folder import RunFolder, StopRequest, load_optimizer, read_json, save_optimizer, write_json
+
+logger = logging.getLogger(__name__)
 
 RUN = "run"
 FINAL_METRICS = "metrics.json"
@@ -189,15 +194,26 @@ def measure_laq(
 ) -> dict[str, Any]:
     """The figures of a trained LAQ on held-out tuples: reconstruction, use of the codebook, action probe and controls.
 
+    With few held-out tuples the use of the codebook is that of training tuples (`codebook_use_from`), and where none of
+    the held-out motions differs from another there is no action probe.
+
     Raises:
         CodebookCollapseError: the codes carry nothing.
     """
     codes = encode_all(laq, held_out)
-    use = measure_codebook_use(codes, laq.codebook_size)
+    use_from, codes_in_use = "held-out", codes
+    if len(held_out) < MIN_PAIRS_TO_JUDGE:
+        logger.warning("Only %d held-out pairs: the use of the codebook is that of training pairs.", len(held_out))
+        use_from, codes_in_use = "training", encode_all(laq, train.spread(2000))
+    use = measure_codebook_use(codes_in_use, laq.codebook_size)
     check_no_collapse(use, laq.codebook_size)
     figures: dict[str, Any] = evaluate_reconstruction(laq, held_out.batches(256)) | _use_figures(use)
+    figures["codebook_use_from"] = use_from
     if train.motion is not None and held_out.motion is not None:
-        figures |= run_action_probes(laq, train.spread(max_probe_pairs), held_out, held_out_codes=codes)
+        if has_motion_to_tell(torch.from_numpy(held_out.motion)):
+            figures |= run_action_probes(laq, train.spread(max_probe_pairs), held_out, held_out_codes=codes)
+        else:
+            logger.warning("No action probe: the %d held-out pairs have the same motion.", len(held_out))
     return figures
 
 

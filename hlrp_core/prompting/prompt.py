@@ -58,7 +58,15 @@ class TemplateText:
 
 @dataclass(frozen=True)
 class UserText:
-    """Where the instruction goes."""
+    """Where the instruction goes.
+
+    Args:
+        before, after: text of the template beside it, without special tokens. It is encoded together with the
+            instruction, because a tokenizer joins across that boundary: `User: ` and `reach` hold the token ` reach`.
+    """
+
+    before: str = ""
+    after: str = ""
 
 
 @dataclass(frozen=True)

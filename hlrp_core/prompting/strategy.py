@@ -5,7 +5,8 @@ exists twice: from the tokenizer alone (fast: every piece is encoded once and ke
 output (one call for the batch). `check_length_sources` holds the two equal at setup.
 
 The user's words are encoded with special tokens off, so that an instruction that contains `<|im_start|>` or `<ACT_3>`
-stays plain text.
+stays plain text; and together with the template's text around them, up to its next special token, so that the ids are
+those of the prompt encoded as a whole.
 
 Shape legend: B batch, N images for each sample, L tokens, P position axes.
 """
@@ -13,6 +14,7 @@ Shape legend: B batch, N images for each sample, L tokens, P position axes.
 from __future__ import annotations
 
 import abc
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,8 +57,12 @@ class PromptingStrategy(abc.ABC):
 
     def pieces(self, num_images: int) -> list[Piece]:
         if num_images not in self._pieces:
-            self._pieces[num_images] = self.build_pieces(num_images)
+            self._pieces[num_images] = join_words(self.build_pieces(num_images), self._special_tokens())
         return self._pieces[num_images]
+
+    def _special_tokens(self) -> list[str]:
+        added = self.core.tokenizer.added_tokens_decoder.values()
+        return [token.content for token in added if token.special]
 
     def encode(
         self, images: Sequence[Tensor], instructions: Sequence[str], *, padding_side: PaddingSide
@@ -100,7 +106,7 @@ class PromptingStrategy(abc.ABC):
                 case TemplateText(text):
                     ids += encode_literal(self.core.tokenizer, text)
                 case UserText():
-                    ids += self._user_ids(instruction)
+                    ids += self._user_ids(piece, instruction)
                 case ImageSlot():
                     ids += self.core.image_ids(next(remaining))
         prompt = self._with_positions(torch.tensor(ids), list(layouts))
@@ -118,6 +124,7 @@ class PromptingStrategy(abc.ABC):
         pieces = self.pieces(num_views)
         # The processor would read special tokens in the user's words, so it gets a stand-in that is spliced out.
         stand_in, stand_in_id = self._stand_in(pieces)
+        place = next(piece for piece in pieces if isinstance(piece, UserText))
         words = {
             TemplateText: lambda p: p.text,
             UserText: lambda _: stand_in,
@@ -136,7 +143,8 @@ class PromptingStrategy(abc.ABC):
         for row, instruction in enumerate(instructions):
             ids = output["input_ids"][row][output["attention_mask"][row].bool()].cpu()
             at = int((ids == stand_in_id).nonzero()[0])
-            ids = torch.cat([ids[:at], torch.tensor(self._user_ids(instruction), dtype=torch.long), ids[at + 1 :]])
+            said = torch.tensor(self._user_ids(place, instruction), dtype=torch.long)
+            ids = torch.cat([ids[:at], said, ids[at + 1 :]])
             prompts.append(self._with_positions(ids, inputs.layouts[row * num_views : (row + 1) * num_views]))
         return prompts, inputs
 
@@ -153,10 +161,11 @@ class PromptingStrategy(abc.ABC):
 
     # -- shared by both -------------------------------------------------------------------------------------------
 
-    def _user_ids(self, instruction: str) -> list[int]:
-        if not self.config.use_instruction:
-            return []
-        text = self.config.instruction_template.replace("{instruction}", instruction)
+    def _user_ids(self, piece: UserText, instruction: str) -> list[int]:
+        words = ""
+        if self.config.use_instruction:
+            words = self.config.instruction_template.replace("{instruction}", instruction)
+        text = piece.before + words + piece.after
         return encode_plain(self.core.tokenizer, text) if text else []
 
     def _with_positions(self, ids: Tensor, layouts: list[tuple[int, ...]]) -> EncodedPrompt:
@@ -181,6 +190,28 @@ class PromptingStrategy(abc.ABC):
                     f"{len(slow.ids)} tokens for {text!r} ({type(self.core.processor).__name__}). Next step: this "
                     "processor adds tokens of its own; write the prompt without them or use another processor."
                 )
+
+
+def join_words(pieces: list[Piece], special_tokens: Sequence[str]) -> list[Piece]:
+    """The same prompt, with the template's text beside the instruction, up to a special token, in the `UserText`.
+
+    No token of a tokenizer spans a special token, so that encoding such pieces one by one equals encoding the whole.
+    """
+    at = pieces.index(UserText())
+    head, tail = pieces[:at], pieces[at + 1 :]
+    before = after = ""
+    longest_first = sorted(special_tokens, key=len, reverse=True)
+    special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # none: nothing matches
+    if head and isinstance(last := head[-1], TemplateText):
+        cut = max((match.end() for match in special.finditer(last.text)), default=0)
+        head[-1:] = [TemplateText(last.text[:cut])] if cut else []
+        before = last.text[cut:]
+    if tail and isinstance(first := tail[0], TemplateText):
+        match = special.search(first.text)
+        cut = match.start() if match else len(first.text)
+        tail[:1] = [TemplateText(first.text[cut:])] if match else []
+        after = first.text[:cut]
+    return [*head, UserText(before, after), *tail]
 
 
 def interleave_views(views: Sequence[Tensor]) -> Tensor:

@@ -55,6 +55,10 @@ class TrainCodesCommand(CodeTrainingConfig):
     token_scheme: TokenSchemeConfig = field(default_factory=TokenSchemeConfig)
     # Pixels along an image's side, as the backbone sees it. By default as the backbone's processor has it.
     image_size: int | None = None
+    # An image as several tiles of `image_size` (SmolVLM backends): sharper, and many times the tokens.
+    image_splitting: bool = False
+    # How hidden states become codes (latent-head backends): from their `mean`, the `last` one, or by a learned `query`.
+    latent_pooling: str = "mean"
     # Keep the vision tower as it is.
     freeze_vision: bool = False
     # Of the backbone's weights. Below float32 only where memory demands it.
@@ -127,7 +131,7 @@ def train(command: TrainCodesCommand) -> int:
 
 _POLICY_SETTINGS = (
     *("backbone", "codes", "laq", "camera", "extra_cameras", "frame_gap", "prompt", "token_scheme", "image_size"),
-    *("freeze_vision", "backbone_dtype", "dtype"),
+    *("image_splitting", "latent_pooling", "freeze_vision", "backbone_dtype", "dtype"),
 )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import PreTrainedModel
 
 from hlrp_core.backends.composed import ComposedBackend
 from hlrp_core.backends.fake_batch import fake_batch
@@ -17,11 +17,13 @@ from hlrp_core.contract import BackendMode, FoundationBatch
 from hlrp_core.prompting.prompt import PromptConfig
 
 TOLERANCE = 1e-5
+TOKEN_BACKENDS = ["qwen_chat", "qwen_plain", "smol_chat", "smol_plain"]
+CHATS = ["qwen_chat", "smol_chat"]  # one of each family
 
 
-def plain_model(backend: ComposedBackend) -> Qwen3VLForConditionalGeneration:
+def plain_model(backend: ComposedBackend) -> PreTrainedModel:
     """The same weights in transformers' own classes, nothing of ours in them."""
-    model = Qwen3VLForConditionalGeneration(backend.core.model.config)
+    model = type(backend.core.model)(backend.core.model.config)
     model.load_state_dict(backend.core.model.state_dict())
     return model.train(backend.training)
 
@@ -45,21 +47,20 @@ def reference_loss(model, backend: ComposedBackend, batch: FoundationBatch, side
         end = start + len(row)
         ids[i, start:end], mask[i, start:end] = row, 1
         labels[i, end - completion_len : end] = row[-completion_len:]
-    images = backend.core.processor.image_processor(images=batch.frames[:, 0].permute(0, 3, 1, 2), return_tensors="pt")
-    output = model(
-        input_ids=ids,
-        attention_mask=mask,
-        mm_token_type_ids=(ids == model.config.image_token_id).int(),
-        pixel_values=images["pixel_values"],
-        image_grid_thw=images["image_grid_thw"],
+    core = backend.core
+    images = core.processor.image_processor(
+        images=core.images_for_processor(batch.frames[:, 0], 1), return_tensors="pt"
     )
+    if core.family == "qwen3_vl":
+        images["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+    output = model(input_ids=ids, attention_mask=mask, **images)
     assert output.logits.shape[:2] == ids.shape  # the full computation
     return F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
 
 
 @pytest.mark.parametrize("separator", [" ", ""])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["qwen_chat", "qwen_plain"])
+@pytest.mark.parametrize("name", TOKEN_BACKENDS)
 def test_value_and_gradients_equal_the_full_computation(name, side, separator, make_tiny_backend: Callable):
     backend = make_tiny_backend(
         name, prompt=PromptConfig(padding_side=side), token_scheme=TokenSchemeConfig(separator=separator)
@@ -85,8 +86,9 @@ def test_value_and_gradients_equal_the_full_computation(name, side, separator, m
         torch.testing.assert_close(ours[key].grad, parameter.grad, rtol=0, atol=TOLERANCE * float(largest), msg=key)
 
 
-def test_it_is_the_mean_over_samples_of_per_sample(make_tiny_backend: Callable):
-    backend = make_tiny_backend().eval()
+@pytest.mark.parametrize("name", CHATS)
+def test_it_is_the_mean_over_samples_of_per_sample(name, make_tiny_backend: Callable):
+    backend = make_tiny_backend(name).eval()
     batch = fake_batch(backend, batch_size=4)
     output = backend.loss_from_batch(batch, mode=BackendMode.CODES)
     for row in range(4):
@@ -95,9 +97,10 @@ def test_it_is_the_mean_over_samples_of_per_sample(make_tiny_backend: Callable):
         assert output.per_sample[row].item() == pytest.approx(alone.item(), abs=2 * TOLERANCE)
 
 
-def test_padding_side_and_batch_mates_do_not_change_it(make_tiny_backend: Callable):
-    left = make_tiny_backend(prompt=PromptConfig(padding_side="left")).eval()
-    right = make_tiny_backend(prompt=PromptConfig(padding_side="right")).eval()
+@pytest.mark.parametrize("name", CHATS)
+def test_padding_side_and_batch_mates_do_not_change_it(name, make_tiny_backend: Callable):
+    left = make_tiny_backend(name, prompt=PromptConfig(padding_side="left")).eval()
+    right = make_tiny_backend(name, prompt=PromptConfig(padding_side="right")).eval()
     right.load_state_dict(left.state_dict())
     batch = fake_batch(left, batch_size=4)
     one, other = (b.loss_from_batch(batch, mode=BackendMode.CODES) for b in (left, right))

@@ -13,10 +13,12 @@ from hlrp_core.codes.decoding import make_decoder
 from hlrp_core.codes.token_scheme import TokenSchemeConfig
 from hlrp_core.contract import BackendMode, FoundationBatch, SamplingOptions
 from hlrp_core.prompting.prompt import PromptConfig
+from hlrp_core.registry import get_recipe
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "pink", "brown")
 THINGS = ("disc", "ring", "big wooden block", "star", "cup on the table", "cross", "drawer", "lever, then the button")
 PROMPTS = [f"push the {colour} {thing}" for colour, thing in product(COLOURS, THINGS)]  # 64 of several lengths
+IMAGE_SIZE = {"qwen3_vl": 24, "smolvlm": 16}
 SMALLEST_GAP = 1e-3  # of the two best logits: far above rounding, so that equal codes are no coin toss
 
 
@@ -40,8 +42,13 @@ def fit(backend: ComposedBackend, *, steps: int = 36) -> FoundationBatch:
 
 
 @pytest.fixture(scope="module")
-def fitted(make_tiny_backend: Callable) -> tuple[ComposedBackend, FoundationBatch]:
-    backend = make_tiny_backend("qwen_chat", image_size=24)
+def build(make_tiny_backend: Callable) -> Callable[..., ComposedBackend]:
+    return lambda name, **settings: make_tiny_backend(name, image_size=IMAGE_SIZE[get_recipe(name).family], **settings)
+
+
+@pytest.fixture(scope="module", params=["qwen_chat", "smol_chat"])
+def fitted(request: pytest.FixtureRequest, build: Callable) -> tuple[ComposedBackend, FoundationBatch]:
+    backend = build(request.param)
     return backend, fit(backend)
 
 
@@ -57,12 +64,14 @@ def decode(backend: ComposedBackend, decoding: str, batch: FoundationBatch, **sa
         ("qwen_plain", 4, 8, ""),
         ("qwen_plain", 8, 256, " "),
         ("qwen_chat", 8, 256, ""),
+        ("smol_chat", 4, 8, " "),
+        ("smol_plain", 4, 8, ""),
     ],
 )
-def test_constrained_equals_generate(name, code_seq_len, codebook_size, separator, make_tiny_backend, record_property):
+def test_constrained_equals_generate(name, code_seq_len, codebook_size, separator, build, record_property):
     sizes = {"code_seq_len": code_seq_len, "codebook_size": codebook_size}
     scheme = TokenSchemeConfig(separator=separator)
-    backend = make_tiny_backend(name, token_scheme=scheme, image_size=24, **sizes)
+    backend = build(name, token_scheme=scheme, **sizes)
     batch = fit(backend, steps=36 if separator else 20)
     fast, slow = decode(backend, "constrained", batch), decode(backend, "generate", batch)
 
@@ -100,10 +109,10 @@ def test_logits_are_those_of_a_teacher_forced_forward(fitted):
     torch.testing.assert_close(output.logits, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_training_padding_does_not_change_predictions(fitted, make_tiny_backend: Callable):
+def test_training_padding_does_not_change_predictions(fitted, build: Callable):
     """Prediction pads left whatever training does: `generate` on right-padded prompts is wrong."""
     left, batch = fitted
-    right = make_tiny_backend("qwen_chat", image_size=24, prompt=PromptConfig(padding_side="right")).eval()
+    right = build(left.name, prompt=PromptConfig(padding_side="right")).eval()
     right.load_state_dict(left.state_dict())
     for decoding in ("constrained", "generate"):
         assert torch.equal(decode(left, decoding, batch).tokens, decode(right, decoding, batch).tokens)
@@ -145,8 +154,9 @@ def test_sampling_follows_the_distribution_and_its_generator(fitted):
         decode(backend, "generate", batch, generator=torch.Generator())
 
 
-def test_free_decoding_of_an_untrained_model_reports_and_repairs_nothing(make_tiny_backend: Callable):
-    backend = make_tiny_backend(image_size=24).eval()
+@pytest.mark.parametrize("name", ["qwen_chat", "qwen_plain", "smol_chat", "smol_plain"])
+def test_free_decoding_of_an_untrained_model_reports_and_repairs_nothing(name, build: Callable):
+    backend = build(name).eval()
     batch = FoundationBatch(torch.zeros(2, 1, 24, 24, 3, dtype=torch.uint8), PROMPTS[:2])
     output = decode(backend, "free", batch)
     assert output.tokens.tolist() == [[-1] * 4] * 2

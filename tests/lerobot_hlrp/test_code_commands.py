@@ -19,6 +19,7 @@ from lerobot.policies.factory import get_policy_class
 from hlrp_core.bundle import load_backend, read_manifest, save_pretrained
 from hlrp_core.contract import BackendMode, FoundationBatch
 from hlrp_core.laq.code_table import CodeTable
+from hlrp_core.registry import available_backends, get_recipe
 from lerobot_hlrp.cli import eval_codes, train_codes
 from lerobot_hlrp.cli.command import run_command
 from lerobot_hlrp.foundation_batches import FoundationBatches, load_datasets, spread
@@ -81,6 +82,28 @@ def test_its_result_is_a_core_bundle_and_a_policy(trained, tiny_videos):
     assert (trained / "policy_preprocessor.json").is_file()
     for path in trained.rglob("*.json"):
         assert str(tiny_videos) not in path.read_text(), path.name
+
+
+SETTINGS = {
+    "latent_head": ["--latent_pooling=query", "--image_size=32"],
+    "smol": ["--image_splitting=true", "--image_size=16"],
+    "qwen": ["--image_size=48"],
+}
+
+
+@pytest.mark.parametrize("name", available_backends())
+def test_every_backend_of_the_registry(name, tiny_backbone, tiny_videos, code_table, tmp_path):
+    backbone = tiny_backbone(get_recipe(name).family)
+    flags = [f"--backend={name}", f"--backbone={backbone}", f"--codes={code_table(tiny_videos)}"]
+    flags += next(flags for word, flags in SETTINGS.items() if word in name)
+    folder = train(tiny_videos, tmp_path / "run", *flags, steps=2)
+    config = load_backend(folder).config
+    assert config.name == name
+    assert (config.latent_pooling == "query") == ("latent_head" in name)
+    assert config.image_splitting == (name in ("smol_chat", "smol_plain"))
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "loss" in r] == [1, 2]
+    assert records[-1]["evaluation"]["num_samples"] == (14 - 3) + (10 - 3)
 
 
 def test_what_it_reports(trained):

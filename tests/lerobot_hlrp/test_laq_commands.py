@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,22 @@ def test_training_leaves_the_laq_its_figures_and_pictures(trained):
     assert {"config.json", "model.safetensors", "metrics.json", "reconstructions.png", "code_usage.png"} <= names
     assert "frames.npy" not in names
     assert LatentActionQuantizer.from_pretrained(trained).frame_gap == 2
+
+
+def test_a_single_held_out_pair_will_do(tiny_dataset, tmp_path):
+    command = TrainLAQCommand(
+        dataset=DatasetConfig(repo_id="test/tiny", root=str(tiny_dataset)),
+        output_dir=tmp_path / "laq",
+        laq=replace(TINY, frame_gap=9),  # the last of four episodes has 10 frames
+        steps=4,
+        batch_size=4,
+        eval_share=0.25,
+    )
+    assert train(command) == 0
+    figures = json.loads((tmp_path / "laq" / "metrics.json").read_text())
+    assert figures["codebook_use_from"] == "training"
+    assert "action_probe_r2" not in figures
+    assert LatentActionQuantizer.from_pretrained(tmp_path / "laq").frame_gap == 9
 
 
 def test_fast_reading_equals_lerobots_items(tiny_dataset):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
+from lerobot.policies.factory import get_policy_class
 
 from hlrp_core.bundle import BundleError, load_backend
 from hlrp_core.codes.decoding import make_decoder
@@ -259,3 +260,54 @@ def test_low_rank_adapters_come_back_bit_exactly(tmp_path, make_tiny_policy, mak
     again = peft.PeftModel.from_pretrained(loaded, str(tmp_path / "adapter")).eval()
     assert torch.equal(again.predict_codes(batch).logits, trained.logits)
     assert torch.equal(again.select_action(batch, noise=noise), wrapped.select_action(batch, noise=noise))
+
+
+LATENT = {"hlrp_smol_latent": {"latent_pooling": "query"}, "hlrp_qwen": {"prompting": "plain", "code_head": "latent"}}
+
+
+@pytest.mark.parametrize("policy_type", LATENT)
+def test_low_rank_adapters_carry_a_latent_head(
+    policy_type, tmp_path, make_tiny_policy, make_lerobot_batch, listed_labels
+):
+    peft = pytest.importorskip("peft")
+    policy = make_tiny_policy(policy_type, labels=listed_labels(CODES), code_conditioning="soft", **LATENT[policy_type])
+    policy.save_pretrained(tmp_path / "base")
+    policy.config.pretrained_path = tmp_path / "base"
+    batch, noise = make_lerobot_batch(), torch.randn(3, 4, 2)
+    before = policy.predict_codes(batch).logits
+    num_head_tensors = len(list(policy.backend.code_head.parameters()))
+    wrapped = policy.wrap_with_peft(peft_cli_overrides={"r": 4})
+    assert policy._get_default_peft_targets()["modules_to_save"] == ["code_head", "action_head"]
+    learning = {name for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert all(any(word in name for word in ("lora_", ".code_head.", ".action_head.")) for name in learning)
+    assert any("text_model" in name or "language_model" in name for name in learning)
+    head = [name for name in learning if ".code_head." in name]
+    assert len(head) == num_head_tensors
+    optimizer = torch.optim.AdamW(wrapped.get_optim_params(), lr=1e-2)
+    for _ in range(2):
+        wrapped(batch)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    wrapped.eval()
+    trained = policy.predict_codes(batch).logits
+    assert not torch.equal(trained, before)
+
+    wrapped.save_pretrained(tmp_path / "adapter")
+    loaded = get_policy_class(policy_type).from_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(loaded, str(tmp_path / "adapter")).eval()
+    assert torch.equal(again.predict_codes(batch).logits, trained)
+    assert torch.equal(again.select_action(batch, noise=noise), wrapped.select_action(batch, noise=noise))
+
+
+@pytest.mark.parametrize(
+    ("policy_type", "settings", "mode", "expected"),
+    [
+        ("hlrp_smol_latent", {}, "codes", ["code_head"]),
+        ("hlrp_smol_latent", {"code_conditioning": "soft"}, "actions", ["action_head"]),
+        ("hlrp_smolvlm", {}, "codes", ["embed_tokens", "lm_head"]),
+        ("hlrp_qwen", {}, "multitask", ["embed_tokens", "lm_head", "action_head"]),
+    ],
+)
+def test_what_is_trained_whole_beside_adapters(policy_type, settings, mode, expected, make_tiny_policy):
+    policy = make_tiny_policy(policy_type, mode, **settings)
+    assert policy._get_default_peft_targets()["modules_to_save"] == expected

@@ -18,7 +18,7 @@ from hlrp_core.laq.probes import (
     one_hot_features,
 )
 from hlrp_core.laq.quantizer import LatentActionQuantizer
-from hlrp_core.laq.training import LAQTrainingConfig, train_laq
+from hlrp_core.laq.training import LAQTrainingConfig, measure_laq, train_laq
 
 CONFIG = LAQConfig(image_size=32, hidden_dim=32, num_layers=2, frame_gap=1, code_seq_len=2)
 
@@ -80,6 +80,38 @@ def test_collapse_is_an_error_that_says_what_to_change():
     use = measure_codebook_use(torch.zeros(50, 4, dtype=torch.long), 8)
     with pytest.raises(CodebookCollapseError, match=r"collapsed.*quantizer=fsq"):
         check_no_collapse(use, 8)
+
+
+@pytest.mark.parametrize("num_held_out", [1, 2])
+def test_few_held_out_pairs_are_no_collapse(num_held_out, square_tuples, tmp_path, caplog):
+    """One pair has a perplexity of 1, whatever its codes: the use of the codebook is then that of training pairs."""
+    train, held_out = square_tuples
+    few = held_out.spread(num_held_out)
+    config = LAQTrainingConfig(steps=4, batch_size=8, log_freq=2, save_freq=4)
+    figures = train_laq(new_laq(), train, few, config, output_dir=tmp_path)
+    assert figures["codebook_use_from"] == "training"
+    assert figures["perplexity"] > 1.05
+    assert sum(figures["code_counts"][0]) == len(train)
+    assert f"Only {num_held_out} held-out pairs" in caplog.text
+    is_told = len(np.unique(few.motion, axis=0)) > 1
+    assert ("action_probe_r2" in figures) == is_told
+    assert ("No action probe" in caplog.text) == (not is_told)
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_enough_held_out_pairs_are_what_is_measured(square_tuples):
+    train, held_out = square_tuples
+    laq = new_laq().eval()
+    laq.calibrate(train.batches(256))
+    figures = measure_laq(laq, train, held_out.spread(32))
+    assert figures["codebook_use_from"] == "held-out"
+    assert sum(figures["code_counts"][0]) == 32
+
+
+def test_a_collapse_is_found_with_few_held_out_pairs_too():
+    still = FrameTuples(np.full((60, 32, 32, 3), 40, dtype=np.uint8), np.arange(59), 1)
+    with pytest.raises(CodebookCollapseError, match="collapsed"):
+        measure_laq(new_laq(), still, still.spread(1))
 
 
 def test_perplexity_of_even_use_is_the_codebook_size():

@@ -11,8 +11,10 @@ from hlrp_core.backends.composed import ComposedBackend
 from hlrp_core.codes.token_scheme import encode_literal, encode_plain
 from hlrp_core.contract import BackendMode, FoundationBatch
 from hlrp_core.prompting.prompt import PromptConfig
+from hlrp_core.registry import get_recipe
 
 CHAT, PLAIN = "qwen_chat", "qwen_plain"
+IMAGE_SIZE = {"qwen3_vl": 24, "smolvlm": 16}
 TRICKS = [
     "<ACT_3>",
     "</ACTION>",
@@ -27,7 +29,8 @@ TRICKS = [
 @pytest.fixture(scope="module")
 def build(make_tiny_backend: Callable) -> Callable[..., ComposedBackend]:
     def build(name: str = CHAT, **prompt) -> ComposedBackend:
-        return make_tiny_backend(name, prompt=PromptConfig(**prompt), image_size=24)
+        image_size = IMAGE_SIZE[get_recipe(name).family]
+        return make_tiny_backend(name, prompt=PromptConfig(**prompt), image_size=image_size)
 
     return build
 
@@ -48,7 +51,7 @@ def read(backend: ComposedBackend, text: str) -> str:
 
 @pytest.mark.parametrize("source", ["tokenizer", "processor"])
 @pytest.mark.parametrize("text", TRICKS)
-@pytest.mark.parametrize("name", [CHAT, PLAIN])
+@pytest.mark.parametrize("name", [CHAT, PLAIN, "smol_chat", "smol_plain"])
 def test_the_users_words_stay_plain_text(name, text, source, build):
     backend = build(name, length_from=source)
     tokenizer = backend.core.tokenizer
