@@ -1,8 +1,8 @@
 """Encoder and decoder of a LAQ.
 
 Notable: the encoder reads the change through spatial softmax keypoints (Finn et al., arXiv 1509.06113), which give
-positions to sub-patch precision; the decoder adds a change to frame t and starts at exactly no change, so that training
-starts at the copy baseline.
+positions to sub-patch precision, and a transition run backwards has exactly the opposite latents; the decoder adds a
+change to frame t and starts at exactly no change, so that training starts at the copy baseline.
 
 Shape legend: B batch, R image side, P patch side, G = R / P grid side, E channels, Z width of the encoder's latents,
 C width of what the decoder sees of the codes, F channels of the target, Y its side.
@@ -18,7 +18,11 @@ from hlrp_core.laq.config import LAQConfig
 
 
 class PairEncoder(nn.Module):
-    """Two frames `[B, 3, R, R]` each -> latents `[B, Z]`."""
+    """Two frames `[B, 3, R, R]` each -> latents `[B, Z]`; swapped frames give the negated latents.
+
+    What actions are like is built in: undoing one takes its opposite. Without that, and with a deeper readout, latents
+    become fast-changing functions of the motion: as good for drawing frame t+Δ, but hard to predict from frame t.
+    """
 
     coordinates: Tensor
 
@@ -34,17 +38,23 @@ class PairEncoder(nn.Module):
         )
         self.attention = nn.Conv2d(width, num_keypoints, 1)
         self.values = nn.Conv2d(width, num_keypoints, 1)
-        self.head = nn.Sequential(nn.Linear(3 * num_keypoints, 4 * width), nn.GELU(), nn.Linear(4 * width, latent_dim))
+        self.head = nn.Linear(3 * num_keypoints, latent_dim, bias=False)  # a bias would cancel out
         self.register_buffer("coordinates", grid_coordinates(grid).flatten(1), persistent=False)  # (2, G * G)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        both_ways = self._keypoints(torch.cat([source, target]), torch.cat([target, source]))
+        forwards, backwards = both_ways.chunk(2)
+        return self.head(forwards - backwards)
+
+    def _keypoints(self, source: Tensor, target: Tensor) -> Tensor:
+        """Places and values of the keypoints, `[B, 3 * keypoints]`."""
         x = self.patches(torch.cat([source, target, 2 * (target - source)], dim=1))  # (B, E, G, G)
         for block in self.blocks:
             x = x + block(x)
         where = torch.softmax(self.sharpness * self.attention(x).flatten(2).float(), dim=-1)  # (B, keypoints, G * G)
         positions = where @ self.coordinates.T  # (B, keypoints, 2)
         values = (where * self.values(x).flatten(2)).sum(-1, keepdim=True)  # (B, keypoints, 1)
-        return self.head(torch.cat([positions, values], dim=-1).flatten(1))
+        return torch.cat([positions, values], dim=-1).flatten(1)
 
 
 class ChangeDecoder(nn.Module):

@@ -119,6 +119,15 @@ def test_codes_do_not_depend_on_the_rest_of_the_batch_or_the_mode():
     assert laq.training
 
 
+def test_a_transition_run_backwards_has_the_opposite_latents():
+    laq = make_laq()
+    source, target = laq._transitions(laq.prepare(random_frames(6)))
+    forwards = laq.encoder(source, target)
+    torch.testing.assert_close(laq.encoder(target, source), -forwards)
+    assert forwards.abs().amin() > 0
+    assert not laq.encoder(source, source).any()
+
+
 def test_training_starts_at_the_copy_of_frame_t():
     torch.manual_seed(0)
     output = LatentActionQuantizer(LAQConfig(**TINY))(random_frames(4))
