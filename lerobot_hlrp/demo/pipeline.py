@@ -46,6 +46,7 @@ class Pipeline:
         self.table = folder / "codes.safetensors"
         self.codes_figures = folder / "codes_eval.json"
         self.evaluations = self._plan_evaluations()
+        self.evaluations_without_words = self._plan_evaluations_without_words()
 
     # -- what is trained ------------------------------------------------------------------------------------------
 
@@ -57,24 +58,27 @@ class Pipeline:
 
     def _plan_evaluations(self) -> list[Evaluation]:
         policy = self.checkpoint("stage3")
-        plan = [
+        return [
             Evaluation(f"{tier}_{instructions}", policy, tier, instructions)
             for tier in self.preset.tiers
             for instructions in ("true", "shuffled")
         ]
-        if self.preset.without_words:
-            policy = self.checkpoint("stage3", words=False)
-            plan += [Evaluation(f"{tier}_without_words", policy, tier, "true") for tier in self.preset.tiers]
-        return plan
+
+    def _plan_evaluations_without_words(self) -> list[Evaluation]:
+        if not self.preset.without_words:
+            return []
+        policy = self.checkpoint("stage3", words=False)
+        return [Evaluation(f"{tier}_without_words", policy, tier, "true") for tier in self.preset.tiers]
 
     # -- the commands ---------------------------------------------------------------------------------------------
 
     def steps(self) -> list[Step]:
         steps = [self._record(), self._train_laq(), self._label(), self._backbone()]
         steps += [self._train_codes(), self._evaluate_codes(), self._train_actions()]
+        steps += [self._evaluate(evaluation) for evaluation in self.evaluations]
         if self.preset.without_words:
             steps += [self._train_codes(words=False), self._train_actions(words=False)]
-        return steps + [self._evaluate(evaluation) for evaluation in self.evaluations]
+        return steps + [self._evaluate(evaluation) for evaluation in self.evaluations_without_words]
 
     def _dataset(self) -> list[str]:
         return [f"--dataset.repo_id={REPO_ID}", f"--dataset.root={self.dataset}"]

@@ -44,7 +44,8 @@ def collect_results(pipeline: Pipeline, runner: StepRunner, steps: list[Step]) -
     """All figures of the report."""
     laq = json.loads((pipeline.laq / "metrics.json").read_text())
     codes = json.loads(pipeline.codes_figures.read_text())
-    by_name = {evaluation.name: pipeline.success(evaluation) for evaluation in pipeline.evaluations}
+    evaluations = pipeline.evaluations + pipeline.evaluations_without_words
+    by_name = {evaluation.name: pipeline.success(evaluation) for evaluation in evaluations}
     episodes = pipeline.preset.eval_episodes
     tiers: dict[str, dict[str, float]] = {}
     for tier in pipeline.preset.tiers:
