@@ -72,6 +72,9 @@ class HLRPConfig(PreTrainedConfig):
     token_scheme: TokenSchemeConfig = field(default_factory=TokenSchemeConfig)
     # How codes are read from the model (code_head=tokens): `constrained`, `generate` or `free`.
     decoding: str = "constrained"
+    # What the loss on codes is a mean of (code_head=tokens): the whole `completion`, `codes_only`, or `restricted` to
+    # the K code rows of the vocabulary at the code positions.
+    code_objective: str = "completion"
     # How hidden states become codes (code_head=latent): from their `mean`, the `last` one, or by a learned `query`.
     latent_pooling: str = "mean"
     # Pixels along an image's side, as the backbone sees it. By default as the backbone's processor has it.

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from hlrp_core.codes.token_scheme import TokenSchemeConfig
 from hlrp_core.heads.action_head import ActionHeadConfig
+from hlrp_core.heads.code_tokens import CodeObjective
 from hlrp_core.prompting.prompt import PromptConfig
 
 CodeSource = Literal["predicted", "teacher"]
@@ -24,6 +25,8 @@ class BackendConfig:
     prompt: what stands around image and instruction.
     token_scheme: how codes are written (token backends).
     decoding: `constrained`, `generate` or `free` (token backends).
+    code_objective: what the loss on codes is a mean of (token backends): the whole `completion`, as a language model
+        learns it, `codes_only`, or `restricted` to the K code rows at the code positions.
     latent_pooling: how the prompt's hidden states are summed up (latent-head backends): their `mean`, the `last` one,
         or a learned `query` for each code position.
     action_head: None for a backend that predicts codes alone.
@@ -41,6 +44,7 @@ class BackendConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     token_scheme: TokenSchemeConfig = field(default_factory=TokenSchemeConfig)
     decoding: str = "constrained"
+    code_objective: CodeObjective = "completion"
     latent_pooling: LatentPooling = "mean"
     action_head: ActionHeadConfig | None = None
     code_source: CodeSource = "predicted"
@@ -58,9 +62,14 @@ class BackendConfig:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if self.code_source not in ("predicted", "teacher"):
             raise ValueError(f"code_source: expected 'predicted' or 'teacher', got {self.code_source!r}")
-        if self.latent_pooling not in get_args(LatentPooling):
-            expected = ", ".join(get_args(LatentPooling))
-            raise ValueError(f"latent_pooling: expected one of {expected}, got {self.latent_pooling!r}")
+        for name, choices in (("latent_pooling", get_args(LatentPooling)), ("code_objective", get_args(CodeObjective))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.decoding == "free" and self.code_objective != "completion":
+            raise ValueError(
+                f"decoding: expected 'constrained' or 'generate' with code_objective={self.code_objective!r}, which "
+                "does not teach the tokens around the codes, got 'free'. Next step: decoding=constrained."
+            )
         self._check_action_head()
 
     def _check_action_head(self) -> None:

@@ -21,5 +21,6 @@ def compose_token_backend(config: BackendConfig, core: ModelCore, *, prompting: 
             [vocabulary.begin_id, vocabulary.end_id, *vocabulary.code_ids.tolist()]
         )
         core.grow_vocabulary(num_old=min(num_old, int(new_ids.min())), new_ids=new_ids)
-    head = CodeTokenHead(vocabulary, make_decoder(config.decoding, vocabulary))
+    decoder = make_decoder(config.decoding, vocabulary)
+    head = CodeTokenHead(vocabulary, decoder, objective=config.code_objective)
     return compose_backend(config, core, prompting=prompting, code_head=head)

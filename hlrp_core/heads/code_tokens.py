@@ -8,7 +8,10 @@ Shape legend: B batch, N completion tokens, W hidden width, V vocabulary rows, S
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hlrp_core.backbones.model_core import ModelCore
@@ -19,14 +22,23 @@ from hlrp_core.heads.code_head import BackboneEncoding, CodeHead, CodeLoss, sum_
 from hlrp_core.heads.linear_cross_entropy import linear_cross_entropy
 from hlrp_core.prompting.strategy import PromptInputs
 
+CodeObjective = Literal["completion", "codes_only", "restricted"]
+
 
 class CodeTokenHead(CodeHead):
-    """Predicts codes as a text completion. Has no parameters of its own: the language model is the head."""
+    """Predicts codes as a text completion. Has no parameters of its own: the language model is the head.
 
-    def __init__(self, vocabulary: CodeVocabulary, decoder: CodeDecoder):
+    Args:
+        objective: of the training loss. `completion`: the language model's own, the mean over all N tokens of the
+            completion. `codes_only`: the mean over the S code positions; wrapper and separators are never learnt.
+            `restricted`: so, too, and a softmax over the K code rows instead of all V, as `constrained` decodes.
+    """
+
+    def __init__(self, vocabulary: CodeVocabulary, decoder: CodeDecoder, *, objective: CodeObjective = "completion"):
         super().__init__()
         self.vocabulary = vocabulary
         self.decoder = decoder
+        self.objective = objective
 
     def completion(self, codes: Tensor) -> Tensor:
         return self.vocabulary.encode(codes)
@@ -34,11 +46,18 @@ class CodeTokenHead(CodeHead):
     def loss(self, core: ModelCore, encoding: BackboneEncoding, codes: Tensor) -> CodeLoss:
         hidden, weight = encoding.completion_hidden, core.lm_head.weight
         assert hidden is not None
-        labels = self.vocabulary.encode(codes)  # (B, N)
-        # the prompt's positions are never projected
-        per_token = linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten())  # (B * N)
+        if self.objective == "restricted":
+            logits = self._code_logits(core, hidden).float()  # (B, S, K)
+            per_code = F.cross_entropy(logits.transpose(1, 2), codes, reduction="none")  # (B, S)
+            return CodeLoss(per_code.mean(1), logits.detach().argmax(-1))
         with torch.no_grad():
             predicted = self._code_logits(core, hidden).argmax(-1)  # (B, S)
+        labels = self.vocabulary.encode(codes)  # (B, N)
+        if self.objective == "codes_only":
+            slots = self.vocabulary.code_slots.to(hidden.device)
+            hidden, labels = hidden[:, slots], labels[:, slots]
+        # the prompt's positions are never projected
+        per_token = linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten())  # (B * N)
         return CodeLoss(per_token.view_as(labels).mean(1), predicted)
 
     def log_prob(self, core: ModelCore, encoding: BackboneEncoding, codes: Tensor) -> Tensor:

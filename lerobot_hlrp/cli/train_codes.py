@@ -57,6 +57,9 @@ class TrainCodesCommand(CodeTrainingConfig):
     image_size: int | None = None
     # An image as several tiles of `image_size` (SmolVLM backends): sharper, and many times the tokens.
     image_splitting: bool = False
+    # What the loss is a mean of (token backends): the whole `completion`, `codes_only`, or `restricted` to the K code
+    # rows of the vocabulary at the code positions.
+    code_objective: str = "completion"
     # How hidden states become codes (latent-head backends): from their `mean`, the `last` one, or by a learned `query`.
     latent_pooling: str = "mean"
     # Keep the vision tower as it is.
@@ -131,7 +134,7 @@ def train(command: TrainCodesCommand) -> int:
 
 _POLICY_SETTINGS = (
     *("backbone", "codes", "laq", "camera", "extra_cameras", "frame_gap", "prompt", "token_scheme", "image_size"),
-    *("image_splitting", "latent_pooling", "freeze_vision", "backbone_dtype", "dtype"),
+    *("image_splitting", "code_objective", "latent_pooling", "freeze_vision", "backbone_dtype", "dtype"),
 )
 
 

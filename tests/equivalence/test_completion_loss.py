@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hlrp_core.backends.composed import ComposedBackend
+from hlrp_core.backends.config import BackendConfig
 from hlrp_core.backends.fake_batch import fake_batch
 from hlrp_core.codes.token_scheme import TokenSchemeConfig
 from hlrp_core.contract import BackendMode, FoundationBatch
@@ -47,15 +48,18 @@ def reference_loss(model, backend: ComposedBackend, batch: FoundationBatch, side
         end = start + len(row)
         ids[i, start:end], mask[i, start:end] = row, 1
         labels[i, end - completion_len : end] = row[-completion_len:]
+    logits = full_logits(model, backend, batch.frames[:, 0], ids, attention_mask=mask)
+    assert logits.shape[:2] == ids.shape  # the full computation
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def full_logits(model, backend: ComposedBackend, frames: Tensor, ids: Tensor, **inputs: Tensor) -> Tensor:
+    """Logits `[B, L, V]` of transformers' own model on images `[B, H, W, 3]` and ids `[B, L]`."""
     core = backend.core
-    images = core.processor.image_processor(
-        images=core.images_for_processor(batch.frames[:, 0], 1), return_tensors="pt"
-    )
+    images = core.processor.image_processor(images=core.images_for_processor(frames, 1), return_tensors="pt")
     if core.family == "qwen3_vl":
-        images["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
-    output = model(input_ids=ids, attention_mask=mask, **images)
-    assert output.logits.shape[:2] == ids.shape  # the full computation
-    return F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+        inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+    return model(input_ids=ids, **inputs, **images).logits
 
 
 @pytest.mark.parametrize("separator", [" ", ""])
@@ -109,3 +113,42 @@ def test_padding_side_and_batch_mates_do_not_change_it(name, make_tiny_backend: 
     turned = FoundationBatch(batch.frames[order], [batch.instructions[i] for i in order], batch.target_codes[order])
     again = left.loss_from_batch(turned, mode=BackendMode.CODES)
     torch.testing.assert_close(again.per_sample, one.per_sample[order], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["codes_only", "restricted"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", CHATS)
+def test_other_objectives_equal_their_definition_over_full_logits(name, side, objective, make_tiny_backend: Callable):
+    backend = make_tiny_backend(name, prompt=PromptConfig(padding_side=side), code_objective=objective).train()
+    batch = fake_batch(backend, batch_size=5)
+    loss = backend.loss_from_batch(batch, mode=BackendMode.CODES).loss
+    loss.backward()
+
+    model = plain_model(backend)
+    vocabulary = backend.code_head.vocabulary
+    losses = []
+    for sample, row in enumerate(sequences(backend, batch)[0]):  # one by one: no padding at all
+        logits = full_logits(model, backend, batch.frames[sample : sample + 1, 0], row[None])[0].float()
+        first = len(row) - vocabulary.completion_len
+        for slot, code in zip(vocabulary.code_slots.tolist(), batch.target_codes[sample].tolist(), strict=True):
+            scores = logits[first + slot - 1]
+            if objective == "restricted":
+                scores, label = scores[vocabulary.code_ids], torch.tensor(code)
+            else:
+                label = vocabulary.code_ids[code]
+            losses.append(F.cross_entropy(scores, label))
+    reference = torch.stack(losses).mean()
+    reference.backward()
+    assert loss.item() == pytest.approx(reference.item(), abs=TOLERANCE)
+    theirs = dict(model.named_parameters())
+    for parameter_name, ours in backend.core.model.named_parameters():
+        expected = theirs[parameter_name].grad
+        if expected is not None:
+            torch.testing.assert_close(ours.grad, expected, atol=TOLERANCE, rtol=1e-3)
+
+
+def test_free_decoding_needs_the_whole_completion():
+    with pytest.raises(ValueError, match=r"decoding: expected 'constrained' or 'generate'.*got 'free'"):
+        BackendConfig(decoding="free", code_objective="codes_only")
+    with pytest.raises(ValueError, match="code_objective: expected one of completion, codes_only, restricted"):
+        BackendConfig(code_objective="other")  # type: ignore[arg-type]

@@ -27,6 +27,7 @@ FLAT = {
     "decoding": "generate",
     "image_size": 64,
     "image_splitting": True,
+    "code_objective": "restricted",
     "latent_pooling": "query",
     "code_source": "teacher",
     "codes_loss_weight": 0.5,
