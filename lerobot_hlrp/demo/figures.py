@@ -85,7 +85,7 @@ def draw_actions_training(curves: dict[str, list[float]], success: dict[str, lis
     axes[0].set(title="Stage 3: flow-matching loss", xlabel="training step")
     if success["step"]:
         axes[1].plot(success["step"], success["success"], color=COLOURS["success"], linewidth=2, marker="o")
-        axes[1].set(title="Stage 3: success while training", xlabel="training step", ylim=(0, 1))
+        axes[1].set(title="Stage 3: success while training", xlabel="training step", ylim=(0, 1.05))
     return _save(figure, path)
 
 
@@ -101,6 +101,7 @@ def draw_success(shares: dict[str, dict[str, float]], path: Path) -> Path:
         bars = axis.bar(at, heights, width * 0.9, color=palette[number % len(palette)], label=name)
         axis.bar_label(bars, [f"{100 * h:.0f}%" for h in heights], fontsize=9, color=INK)
     axis.set_xticks(range(len(shares)), list(shares))
+    axis.grid(visible=False, axis="x")
     axis.set(title="Success over held-out episodes", ylim=(0, 1.08))
     axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(names))
     return _save(figure, path)
