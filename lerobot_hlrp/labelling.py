@@ -6,6 +6,7 @@ Shape legend: n frames of an episode, B batch, T frames of a tuple, S codes of a
 from __future__ import annotations
 
 import hashlib
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,13 +67,13 @@ def label_dataset(
     laq_id: str,
     output: Path,
     batch_size: int = 64,
-    save_every: int = 500,
+    save_interval_s: float = 10.0,
 ) -> CodeTable | None:
     """Label every frame whose tuple fits into its episode, and write the table.
 
     Args:
         laq_id: name of the LAQ, for the table's header.
-        save_every: episodes between two saves of the partial table.
+        save_interval_s: seconds between two saves of the partial table: what a kill can cost, however long episodes are.
 
     Returns:
         the table, or None where the run was interrupted.
@@ -89,13 +90,15 @@ def label_dataset(
     partial = PartialTable(output, identity, (meta.total_frames, laq.code_seq_len))
     episodes = range(partial.num_episodes, len(source))
     encoder = BatchedEncoder(laq, partial, batch_size)
+    saved_at = time.monotonic()
     with StopRequest() as stop, tqdm(episodes, unit="episode", desc="Labelling") as progress:
         for episode in progress:
             encoder.add(source.read(episode), first_row=source.first_rows[episode])
             partial.num_episodes = episode + 1
-            if partial.num_episodes % save_every == 0 or stop.requested:
+            if stop.requested or time.monotonic() - saved_at >= save_interval_s:
                 encoder.flush()
                 partial.save()
+                saved_at = time.monotonic()
             if stop.requested and partial.num_episodes < len(source):
                 print(f"Stopped after {partial.num_episodes} episodes. Run the same command again to continue.")
                 return None

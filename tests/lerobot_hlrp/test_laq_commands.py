@@ -128,8 +128,8 @@ def test_a_killed_labelling_continues_to_the_same_table(labelled, trained, tiny_
         read.append(episode)
         return read_episode(self, episode)
 
-    def run(save_every=1):
-        return label_dataset(laq, dataset, camera=camera, laq_id="laq", output=output, save_every=save_every)
+    def run():
+        return label_dataset(laq, dataset, camera=camera, laq_id="laq", output=output, save_interval_s=0)
 
     with monkeypatch.context() as patch:
         patch.setattr(EpisodeFrames, "read", kill_in_third)
