@@ -73,7 +73,7 @@ def label_dataset(
 
     Args:
         laq_id: name of the LAQ, for the table's header.
-        save_interval_s: seconds between two saves of the partial table: what a kill can cost, however long episodes are.
+        save_interval_s: between two saves of the partial table: what a kill can cost, however long episodes are.
 
     Returns:
         the table, or None where the run was interrupted.
