@@ -7,9 +7,9 @@ from typing import Literal, get_args
 
 from hlrp_core.codes.token_scheme import TokenSchemeConfig
 from hlrp_core.heads.action_head import ActionHeadConfig
-from hlrp_core.heads.code_tokens import CodeObjective
 from hlrp_core.prompting.prompt import PromptConfig
 
+CodeObjective = Literal["completion", "codes_only", "restricted"]
 CodeSource = Literal["predicted", "teacher"]
 LatentPooling = Literal["mean", "last", "query"]
 

@@ -8,8 +8,6 @@ Shape legend: B batch, N completion tokens, W hidden width, V vocabulary rows, S
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,8 +20,6 @@ from hlrp_core.heads.code_head import BackboneEncoding, CodeHead, CodeLoss, sum_
 from hlrp_core.heads.linear_cross_entropy import linear_cross_entropy
 from hlrp_core.prompting.strategy import PromptInputs
 
-CodeObjective = Literal["completion", "codes_only", "restricted"]
-
 
 class CodeTokenHead(CodeHead):
     """Predicts codes as a text completion. Has no parameters of its own: the language model is the head.
@@ -34,7 +30,7 @@ class CodeTokenHead(CodeHead):
             `restricted`: so, too, and a softmax over the K code rows instead of all V, as `constrained` decodes.
     """
 
-    def __init__(self, vocabulary: CodeVocabulary, decoder: CodeDecoder, *, objective: CodeObjective = "completion"):
+    def __init__(self, vocabulary: CodeVocabulary, decoder: CodeDecoder, *, objective: str = "completion"):
         super().__init__()
         self.vocabulary = vocabulary
         self.decoder = decoder
