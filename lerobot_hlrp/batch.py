@@ -184,7 +184,7 @@ def read_state(batch: Batch, state_dim: int) -> Tensor:
     """The state at time t, `[B, D]`.
 
     Raises:
-        ValueError: no state, another width, or NaN.
+        ValueError: no state, or one of another width.
     """
     state = batch.get(OBS_STATE)
     if state is None or state.shape[-1] != state_dim:

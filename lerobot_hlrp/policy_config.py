@@ -160,9 +160,7 @@ class HLRPConfig(PreTrainedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(
-            self.extra_cameras, str
-        ):  # beside --policy.path LeRobot reads flags as JSON: [wrist] is text there
+        if isinstance(self.extra_cameras, str):  # beside --policy.path LeRobot reads flags as JSON: [wrist] is text
             names = (name.strip(" \"'") for name in self.extra_cameras.strip("[] ").split(","))
             self.extra_cameras = [name for name in names if name]
         expect_choice("mode", self.mode, [mode.value for mode in BackendMode])

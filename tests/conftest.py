@@ -121,19 +121,28 @@ def tiny_backbone(tmp_path_factory: pytest.TempPathFactory, tiny_qwen: Path) -> 
     return get
 
 
-@pytest.fixture(scope="session")
-def tiny_laq(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_laq(folder: Path, *, seed: int) -> Path:
     """Folder of an untrained LAQ with K=8, S=4 and a frame gap of 3."""
     import torch
 
     from hlrp_core.laq.config import LAQConfig
     from hlrp_core.laq.quantizer import LatentActionQuantizer
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LAQConfig(codebook_size=8, code_seq_len=4, frame_gap=3, image_size=32, hidden_dim=16, num_layers=1)
-    folder = tmp_path_factory.mktemp("laq") / "tiny-laq"
     LatentActionQuantizer(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_laq(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_laq(tmp_path_factory.mktemp("laq") / "tiny-laq", seed=0)
+
+
+@pytest.fixture(scope="session")
+def other_laq(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the same sizes as `tiny_laq`, with other weights."""
+    return write_laq(tmp_path_factory.mktemp("laq") / "other-laq", seed=1)
 
 
 @pytest.fixture(scope="session")

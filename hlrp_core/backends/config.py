@@ -60,11 +60,10 @@ class BackendConfig:
         for name in ("codes_loss_weight", "actions_loss_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        if self.code_source not in ("predicted", "teacher"):
-            raise ValueError(f"code_source: expected 'predicted' or 'teacher', got {self.code_source!r}")
-        for name, choices in (("latent_pooling", get_args(LatentPooling)), ("code_objective", get_args(CodeObjective))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        choices = {"code_source": CodeSource, "latent_pooling": LatentPooling, "code_objective": CodeObjective}
+        for name, known in choices.items():
+            if getattr(self, name) not in get_args(known):
+                raise ValueError(f"{name}: expected one of {', '.join(get_args(known))}, got {getattr(self, name)!r}")
         if self.decoding == "free" and self.code_objective != "completion":
             raise ValueError(
                 f"decoding: expected 'constrained' or 'generate' with code_objective={self.code_objective!r}, which "

@@ -81,7 +81,7 @@ def test_dtype(tiny_qwen):
         ({"codebook_size": 1}, "codebook_size: expected 2 or more, got 1"),
         ({"code_seq_len": 0}, "code_seq_len: expected 1 or more, got 0"),
         ({"codes_loss_weight": -1.0}, "codes_loss_weight: expected 0 or more"),
-        ({"code_source": "guess"}, "code_source: expected 'predicted' or 'teacher', got 'guess'"),
+        ({"code_source": "guess"}, "code_source: expected one of predicted, teacher, got 'guess'"),
         ({"decoding": "magic"}, "decoding: expected one of constrained"),
         (
             {"action_head": ActionHeadConfig(kind="mlp", code_conditioning="soft"), "decoding": "generate"},

@@ -234,20 +234,32 @@ def test_real_time_chunking_follows_the_old_chunk(enabled, make_tiny_policy, mak
 # -- adapters -------------------------------------------------------------------------------------------------------
 
 
-def test_low_rank_adapters_come_back_bit_exactly(tmp_path, make_tiny_policy, make_lerobot_batch, listed_labels):
-    peft = pytest.importorskip("peft")
-    policy = make_tiny_policy(labels=listed_labels(CODES), code_conditioning="soft")
-    policy.save_pretrained(tmp_path / "base")
-    policy.config.pretrained_path = tmp_path / "base"
-    batch, noise = make_lerobot_batch(), torch.randn(3, 4, 2)
-    before = policy.predict_codes(batch).logits
-    wrapped = policy.wrap_with_peft(peft_cli_overrides={"r": 4})
+def train_two_steps(wrapped: torch.nn.Module, batch: dict) -> None:
     optimizer = torch.optim.AdamW(wrapped.get_optim_params(), lr=1e-2)
     for _ in range(2):
         wrapped(batch)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
     wrapped.eval()
+
+
+def load_adapted(policy_type: str, folder: Path):
+    """The base policy of `folder`/base with the adapter beside it."""
+    import peft
+
+    base = get_policy_class(policy_type).from_pretrained(folder / "base")
+    return peft.PeftModel.from_pretrained(base, str(folder / "adapter")).eval()
+
+
+def test_low_rank_adapters_come_back_bit_exactly(tmp_path, make_tiny_policy, make_lerobot_batch, listed_labels):
+    pytest.importorskip("peft")
+    policy = make_tiny_policy(labels=listed_labels(CODES), code_conditioning="soft")
+    policy.save_pretrained(tmp_path / "base")
+    policy.config.pretrained_path = tmp_path / "base"
+    batch, noise = make_lerobot_batch(), torch.randn(3, 4, 2)
+    before = policy.predict_codes(batch).logits
+    wrapped = policy.wrap_with_peft(peft_cli_overrides={"r": 4})
+    train_two_steps(wrapped, batch)
     trained = policy.predict_codes(batch)
     assert not torch.equal(trained.logits, before)
     decoder = policy.backend.code_head.decoder
@@ -256,8 +268,7 @@ def test_low_rank_adapters_come_back_bit_exactly(tmp_path, make_tiny_policy, mak
     policy.backend.code_head.decoder = decoder
 
     wrapped.save_pretrained(tmp_path / "adapter")
-    loaded = HLRPQwenPolicy.from_pretrained(tmp_path / "base")
-    again = peft.PeftModel.from_pretrained(loaded, str(tmp_path / "adapter")).eval()
+    again = load_adapted("hlrp_qwen", tmp_path)
     assert torch.equal(again.predict_codes(batch).logits, trained.logits)
     assert torch.equal(again.select_action(batch, noise=noise), wrapped.select_action(batch, noise=noise))
 
@@ -269,7 +280,7 @@ LATENT = {"hlrp_smol_latent": {"latent_pooling": "query"}, "hlrp_qwen": {"prompt
 def test_low_rank_adapters_carry_a_latent_head(
     policy_type, tmp_path, make_tiny_policy, make_lerobot_batch, listed_labels
 ):
-    peft = pytest.importorskip("peft")
+    pytest.importorskip("peft")
     policy = make_tiny_policy(policy_type, labels=listed_labels(CODES), code_conditioning="soft", **LATENT[policy_type])
     policy.save_pretrained(tmp_path / "base")
     policy.config.pretrained_path = tmp_path / "base"
@@ -283,18 +294,12 @@ def test_low_rank_adapters_carry_a_latent_head(
     assert any("text_model" in name or "language_model" in name for name in learning)
     head = [name for name in learning if ".code_head." in name]
     assert len(head) == num_head_tensors
-    optimizer = torch.optim.AdamW(wrapped.get_optim_params(), lr=1e-2)
-    for _ in range(2):
-        wrapped(batch)[0].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    wrapped.eval()
+    train_two_steps(wrapped, batch)
     trained = policy.predict_codes(batch).logits
     assert not torch.equal(trained, before)
 
     wrapped.save_pretrained(tmp_path / "adapter")
-    loaded = get_policy_class(policy_type).from_pretrained(tmp_path / "base")
-    again = peft.PeftModel.from_pretrained(loaded, str(tmp_path / "adapter")).eval()
+    again = load_adapted(policy_type, tmp_path)
     assert torch.equal(again.predict_codes(batch).logits, trained)
     assert torch.equal(again.select_action(batch, noise=noise), wrapped.select_action(batch, noise=noise))
 

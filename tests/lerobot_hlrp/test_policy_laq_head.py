@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from hlrp_core.bundle import load_backend
-from hlrp_core.laq.config import LAQConfig
 from hlrp_core.laq.quantizer import LatentActionQuantizer
 from lerobot_hlrp.modeling_hlrp_qwen import HLRPQwenPolicy
 
@@ -110,16 +109,6 @@ def test_sizes_come_from_the_laq_where_nothing_else_says_them(tiny_laq, laq, mak
 
 
 # -- what is refused ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def other_laq(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the same sizes, with other weights."""
-    torch.manual_seed(1)
-    config = LAQConfig(codebook_size=8, code_seq_len=4, frame_gap=3, image_size=32, hidden_dim=16, num_layers=1)
-    folder = tmp_path_factory.mktemp("laq") / "other"
-    LatentActionQuantizer(config).save_pretrained(folder)
-    return folder
 
 
 def test_a_code_table_alone_does_not_do(lerobot_train, stage_two, tiny_dataset, table, tmp_path):

@@ -1,0 +1,45 @@
+"""What the contract suite's tests share."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from hlrp_core import BackendMode
+from hlrp_core.backends.composed import ComposedBackend
+from hlrp_core.contract import ActionBatch, FoundationBatch, LossOutput
+from hlrp_core.heads import ACTION_HEADS
+
+CODES, ACTIONS, MULTITASK = BackendMode.CODES, BackendMode.ACTIONS, BackendMode.MULTITASK
+HEADS = sorted(ACTION_HEADS)
+ALL_HEADS = [None, *HEADS]
+
+
+def total_loss(backend: ComposedBackend, batch: FoundationBatch, mode: BackendMode, seed: int = 0) -> LossOutput:
+    """The loss with fixed flow noise."""
+    torch.manual_seed(seed)
+    return backend.loss_from_batch(batch, mode=mode)
+
+
+def gradients(backend: ComposedBackend) -> dict[str, Tensor]:
+    return {key: p.grad.clone() for key, p in backend.named_parameters() if p.grad is not None}
+
+
+def snapshot(batch: ActionBatch) -> dict:
+    return {f.name: copy.deepcopy(getattr(batch, f.name)) for f in fields(batch)}
+
+
+def assert_unchanged(batch: ActionBatch, before: dict) -> None:
+    for key, value in before.items():
+        now = getattr(batch, key)
+        assert torch.equal(now, value) if isinstance(value, Tensor) else now == value, key
+
+
+def rows_of(batch: ActionBatch, rows: list[int]) -> ActionBatch:
+    values = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in ("views", "meta")}
+    picked = {key: value[rows] if isinstance(value, Tensor) else value for key, value in values.items()}
+    picked["instructions"] = [batch.instructions[row] for row in rows]
+    return ActionBatch(**picked)
