@@ -65,16 +65,22 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def draw_codes_training(curves: dict[str, list[float]], path: Path) -> Path:
-    """Stage 2: loss, and code accuracy beside the constant prediction."""
+def draw_codes_training(trainings: list[dict[str, list[float]]], path: Path) -> Path:
+    """Stage 2: loss, and code accuracy beside the constant prediction, of one training after the other."""
     figure, (left, right) = _axes(columns=2)
-    left.plot(curves["step"], curves["loss"], color=COLOURS["codes"], linewidth=2)
+    start = 0.0
+    for curves in trainings:
+        steps = [start + step for step in curves["step"]]
+        left.plot(steps, curves["loss"], color=COLOURS["codes"], linewidth=2)
+        right.plot(steps, curves["code_accuracy"], color=COLOURS["codes"], linewidth=2)
+        right.plot(steps, curves["constant_accuracy"], color=COLOURS["baseline"], linewidth=2, ls="--")
+        if start:
+            for axis in (left, right):
+                axis.axvline(start, color=COLOURS["baseline"], linewidth=1, ls=":")
+        start = steps[-1]
     left.set(title="Stage 2: loss of the code tokens", xlabel="training step")
-    right.plot(curves["step"], curves["code_accuracy"], color=COLOURS["codes"], linewidth=2, label="model")
-    constant = curves["constant_accuracy"]
-    right.plot(curves["step"], constant, color=COLOURS["baseline"], linewidth=2, ls="--", label="best constant")
     right.set(title="Stage 2: code accuracy", xlabel="training step", ylim=(0, None))
-    right.legend(frameon=False)
+    right.legend(right.get_lines()[:2], ["model", "best constant"], frameon=False)
     return _save(figure, path)
 
 

@@ -9,8 +9,33 @@ from pathlib import Path
 from lerobot_hlrp.demo.presets import Preset, Training
 from lerobot_hlrp.demo.runner import Step
 
-REPO_ID = "hlrp/tabletop"
 LOG_FREQ = 50
+FIRST_TIER_SEED = 1_000_000  # far from the seeds of the other recording: no scene is in both
+
+
+@dataclass(frozen=True)
+class Data:
+    """A dataset of the demo, and its labels.
+
+    Args:
+        repo_id: its name.
+        root: folder of the dataset.
+        table: file of its codes.
+        tiers: of the tabletop.
+        seed: of the recording.
+        suffix: of the names of steps that make it.
+    """
+
+    repo_id: str
+    root: Path
+    table: Path
+    tiers: tuple[str, ...]
+    seed: int
+    suffix: str = ""
+
+    @property
+    def flags(self) -> list[str]:
+        return [f"--dataset.repo_id={self.repo_id}", f"--dataset.root={self.root}"]
 
 
 @dataclass(frozen=True)
@@ -41,9 +66,9 @@ class Pipeline:
     def __init__(self, folder: Path, preset: Preset):
         self.folder = folder
         self.preset = preset
-        self.dataset = folder / "dataset"
+        self.data = Data("hlrp/tabletop", folder / "dataset", folder / "codes.safetensors", preset.tiers, seed=0)
+        self.first_data = self._plan_first_data() if preset.first_codes is not None else None
         self.laq = folder / "laq"
-        self.table = folder / "codes.safetensors"
         self.codes_figures = folder / "codes_eval.json"
         self.evaluations = self._plan_evaluations()
         self.evaluations_without_words = self._plan_evaluations_without_words()
@@ -55,6 +80,13 @@ class Pipeline:
 
     def checkpoint(self, stage: str, *, words: bool = True) -> Path:
         return self.training(stage, words=words) / "checkpoints" / "last" / "pretrained_model"
+
+    def _plan_first_data(self) -> Data:
+        tier = self.preset.tiers[0]
+        table = self.folder / f"codes_{tier}.safetensors"
+        return Data(
+            f"hlrp/tabletop_{tier}", self.folder / f"dataset_{tier}", table, (tier,), FIRST_TIER_SEED, f"_{tier}"
+        )
 
     def _plan_evaluations(self) -> list[Evaluation]:
         policy = self.checkpoint("stage3")
@@ -73,67 +105,78 @@ class Pipeline:
     # -- the commands ---------------------------------------------------------------------------------------------
 
     def steps(self) -> list[Step]:
-        steps = [self._record(), self._train_laq(), self._label(), self._backbone()]
-        steps += [self._train_codes(), self._evaluate_codes(), self._train_actions()]
+        datasets = [self.data] if self.first_data is None else [self.data, self.first_data]
+        steps = [self._record(data) for data in datasets]
+        steps += [self._train_laq(), *(self._label(data) for data in datasets), self._backbone()]
+        steps += [*self.stage2_steps(), self._evaluate_codes(), self._train_actions()]
         steps += [self._evaluate(evaluation) for evaluation in self.evaluations]
         if self.preset.without_words:
-            steps += [self._train_codes(words=False), self._train_actions(words=False)]
+            steps += [*self.stage2_steps(words=False), self._train_actions(words=False)]
         return steps + [self._evaluate(evaluation) for evaluation in self.evaluations_without_words]
 
-    def _dataset(self) -> list[str]:
-        return [f"--dataset.repo_id={REPO_ID}", f"--dataset.root={self.dataset}"]
-
-    def _record(self) -> Step:
-        command = ["hlrp-record", "--env.type=hlrp_tabletop", f"--env.task={','.join(self.preset.tiers)}"]
-        command += [
-            *self._dataset(),
-            f"--episodes={self.preset.episodes * len(self.preset.tiers)}",
-            f"--noise={self.preset.noise}",
-        ]
-        return Step("record", "Record demonstrations of the scripted expert", command, self.dataset, lambda: command)
+    def _record(self, data: Data) -> Step:
+        command = ["hlrp-record", "--env.type=hlrp_tabletop", f"--env.task={','.join(data.tiers)}", *data.flags]
+        command += [f"--episodes={self.preset.episodes * len(data.tiers)}", f"--noise={self.preset.noise}"]
+        command += [f"--seed={data.seed}"]
+        title = f"Record demonstrations of the scripted expert: {', '.join(data.tiers)}"
+        return Step(f"record{data.suffix}", title, command, data.root, lambda: command)
 
     def _train_laq(self) -> Step:
         preset = self.preset
-        command = [
-            "hlrp-laq-train",
-            *self._dataset(),
-            f"--output_dir={self.laq}",
-            f"--laq.frame_gap={preset.frame_gap}",
-        ]
-        command += [f"--laq.codebook_size={preset.codebook_size}", f"--laq.code_seq_len={preset.code_seq_len}"]
+        command = ["hlrp-laq-train", *self.data.flags, f"--output_dir={self.laq}"]
+        command += [f"--laq.frame_gap={preset.frame_gap}", f"--laq.codebook_size={preset.codebook_size}"]
+        command += [f"--laq.code_seq_len={preset.code_seq_len}"]
         command += [f"--steps={preset.laq_steps}", f"--batch_size={preset.laq_batch_size}"]
         command += [f"--laq.num_layers={preset.laq_num_layers}"]
         title = "Stage 1: train the latent-action quantiser on frame pairs (no actions)"
         return Step("stage1", title, command, self.laq, lambda: command)
 
-    def _label(self) -> Step:
-        command = ["hlrp-label", f"--laq={self.laq}", *self._dataset(), f"--output={self.table}"]
-        return Step("label", "Label every frame pair with its codes", command, self.table, lambda: command)
+    def _label(self, data: Data) -> Step:
+        command = ["hlrp-label", f"--laq={self.laq}", *data.flags, f"--output={data.table}"]
+        title = f"Label every frame pair with its codes: {', '.join(data.tiers)}"
+        return Step(f"label{data.suffix}", title, command, data.table, lambda: command)
 
     def _backbone(self) -> Step:
         folder = self.folder / "backbone"
         command = ["hlrp-backbone", "--family=qwen3_vl", "--size=tiny", f"--output={folder}"]
         return Step("backbone", "Make a tiny, randomly initialised Qwen3-VL checkpoint", command, folder)
 
-    def _train_codes(self, *, words: bool = True) -> Step:
+    def stage2_steps(self, *, words: bool = True) -> list[Step]:
+        """One training on all tiers, or one on the first tier and one from there."""
         preset = self.preset
-        command = ["lerobot-train", *self._dataset(), "--policy.type=hlrp_qwen", "--policy.mode=codes"]
-        command += [f"--policy.backbone={self.folder / 'backbone'}", f"--policy.codes={self.table}"]
-        command += ["--policy.prompting=plain", *([] if words else ["--policy.prompt.use_instruction=false"])]
-        command += self._training_flags(preset.codes, self.training("stage2", words=words))
-        title = "Stage 2: teach the vision-language model to predict the codes"
-        return self._train_step("stage2", title, command, words=words)
+        if self.first_data is None:
+            return [self._train_codes("stage2", self.data, preset.codes, words=words)]
+        assert preset.first_codes is not None
+        first = f"stage2{self.first_data.suffix}"
+        start = self.checkpoint(first, words=words)
+        return [
+            self._train_codes(first, self.first_data, preset.first_codes, words=words),
+            self._train_codes("stage2", self.data, preset.codes, start=start, words=words),
+        ]
+
+    def _train_codes(
+        self, stage: str, data: Data, training: Training, *, start: Path | None = None, words: bool = True
+    ) -> Step:
+        if start is not None:  # prompt and backbone are those of the checkpoint
+            policy = [f"--policy.path={start}", "--policy.mode=codes"]
+        else:
+            policy = ["--policy.type=hlrp_qwen", "--policy.mode=codes", f"--policy.backbone={self.folder / 'backbone'}"]
+            policy += ["--policy.prompting=plain", *([] if words else ["--policy.prompt.use_instruction=false"])]
+        command = ["lerobot-train", *data.flags, *policy, f"--policy.codes={data.table}"]
+        command += self._training_flags(training, self.training(stage, words=words))
+        title = f"Stage 2: teach the vision-language model to predict the codes of {', '.join(data.tiers)}"
+        return self._train_step(stage, title, command, words=words)
 
     def _evaluate_codes(self) -> Step:
-        command = ["hlrp-eval-codes", f"--policy.path={self.checkpoint('stage2')}", *self._dataset()]
-        command += [f"--codes={self.table}", f"--dataset.eval_split={self.preset.holdout_share}"]
+        command = ["hlrp-eval-codes", f"--policy.path={self.checkpoint('stage2')}", *self.data.flags]
+        command += [f"--codes={self.data.table}", f"--dataset.eval_split={self.preset.holdout_share}"]
         command += [f"--output={self.codes_figures}"]
         title = "Stage 2: code accuracy on held-out episodes"
         return Step("stage2_eval", title, command, self.codes_figures)
 
     def _train_actions(self, *, words: bool = True) -> Step:
         preset = self.preset
-        command = ["lerobot-train", *self._dataset(), f"--policy.path={self.checkpoint('stage2', words=words)}"]
+        command = ["lerobot-train", *self.data.flags, f"--policy.path={self.checkpoint('stage2', words=words)}"]
         command += ["--policy.mode=actions", "--policy.action_head=prefix_flow"]
         command += [f"--policy.action_expert.{name}={value}" for name, value in preset.head.items()]
         command += [f"--policy.chunk_size={preset.chunk_size}", f"--policy.n_action_steps={preset.n_action_steps}"]

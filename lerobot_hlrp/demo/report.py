@@ -84,9 +84,9 @@ def draw_figures(pipeline: Pipeline, runner: StepRunner, steps: list[Step], resu
         if source.is_file():
             folder.mkdir(exist_ok=True)
             pictures[name] = Path(shutil.copy(source, folder / source.name))
-    curves = figures.read_training_log(log("stage2"), log_freq=LOG_FREQ)
-    if curves["step"]:
-        pictures["stage2"] = figures.draw_codes_training(curves, folder / "stage2.png")
+    trainings = [figures.read_training_log(log(step.name), log_freq=LOG_FREQ) for step in pipeline.stage2_steps()]
+    if all(curves["step"] for curves in trainings):
+        pictures["stage2"] = figures.draw_codes_training(trainings, folder / "stage2.png")
     curves = figures.read_training_log(log("stage3"), log_freq=LOG_FREQ)
     if curves["step"]:
         success = figures.read_success_log(log("stage3"), eval_freq=preset.actions.eval_freq)
@@ -131,8 +131,8 @@ def _report_text(
     lines = [
         "# From video to a policy: what the demo did",
         "",
-        f"{preset.episodes} scripted episodes for each of {', '.join(preset.tiers)}; a latent-action quantiser learnt "
-        "from their frames alone, a vision-language model learnt its codes from one frame and the instruction, and a "
+        f"{preset.episodes:,} scripted episodes for each of {', '.join(preset.tiers)}; a latent-action quantiser "
+        "learnt from their frames alone, a vision-language model learnt its codes from one frame and the instruction, and a "
         "flow-matching expert on top of it learnt actions. "
         f"All steps together took {results['wall_s'] / 60:.1f} minutes.",
         "",
@@ -175,6 +175,7 @@ def _report_text(
         f"On held-out episodes {_percent(codes['code_accuracy'])} of the codes are right; the best constant prediction "
         f"gets {_percent(codes['constant_accuracy'])}.",
         "",
+        *_first_tier_lines(pipeline),
         *picture("stage2", "loss and code accuracy while training"),
         "## Stage 3: actions",
         "",
@@ -189,6 +190,17 @@ def _report_text(
         "",
     ]
     return "\n".join(lines)
+
+
+def _first_tier_lines(pipeline: Pipeline) -> list[str]:
+    preset = pipeline.preset
+    if preset.first_codes is None:
+        return []
+    return [
+        f"It first learnt from {preset.episodes:,} further episodes of {preset.tiers[0]} alone "
+        f"({preset.first_codes.steps:,} steps), then from all tiers ({preset.codes.steps:,} steps; dotted line).",
+        "",
+    ]
 
 
 def _minutes(results: dict[str, Any], step: Step) -> str:

@@ -104,6 +104,23 @@ def test_every_stage_and_tier_has_its_command(preset):
     pipeline = Pipeline(Path("out"), PRESETS[preset])
     names = [step.name for step in pipeline.steps()]
     assert len(set(names)) == len(names)
-    assert names[:7] == ["record", "stage1", "label", "backbone", "stage2", "stage2_eval", "stage3"]
+    on_all = [name for name in names if not name.endswith("_reach") and not name.startswith("eval_")]
+    assert on_all[:7] == ["record", "stage1", "label", "backbone", "stage2", "stage2_eval", "stage3"]
     for tier in PRESETS[preset].tiers:
         assert {f"eval_{tier}_true", f"eval_{tier}_shuffled"} <= set(names)
+
+
+def test_a_first_tier_is_learnt_before_all_of_them():
+    pipeline = Pipeline(Path("out"), PRESETS["full"])
+    steps = {step.name: step for step in pipeline.steps()}
+    for words in ("", "_without_words"):
+        first, then = steps[f"stage2_reach{words}"], steps[f"stage2{words}"]
+        assert list(steps).index(first.name) < list(steps).index(then.name)
+        assert "--policy.codes=out/codes_reach.safetensors" in first.command
+        assert f"--policy.path={first.output}/checkpoints/last/pretrained_model" in then.command
+        assert ("--policy.prompt.use_instruction=false" in first.command) == bool(words)
+    assert steps["label_reach"].command[1] == steps["label"].command[1]  # codes of one quantiser
+    seeds = {
+        name: next(flag for flag in steps[name].command if "--seed" in flag) for name in ("record", "record_reach")
+    }
+    assert seeds["record"] != seeds["record_reach"]
