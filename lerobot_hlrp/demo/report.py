@@ -132,8 +132,8 @@ def _report_text(
         "# From video to a policy: what the demo did",
         "",
         f"{preset.episodes:,} scripted episodes for each of {', '.join(preset.tiers)}; a latent-action quantiser "
-        "learnt from their frames alone, a vision-language model learnt its codes from one frame and the instruction, and a "
-        "flow-matching expert on top of it learnt actions. "
+        "learnt from their frames alone, a vision-language model learnt its codes from one frame and the instruction, "
+        "and a flow-matching expert on top of it learnt actions. "
         f"All steps together took {results['wall_s'] / 60:.1f} minutes.",
         "",
         "## Success on scenes never recorded",
