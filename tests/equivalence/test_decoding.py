@@ -58,21 +58,21 @@ def decode(backend: ComposedBackend, decoding: str, batch: FoundationBatch, **sa
 
 
 @pytest.mark.parametrize(
-    ("name", "code_seq_len", "codebook_size", "separator"),
+    ("name", "code_seq_len", "codebook_size", "separator", "steps"),
     [
-        ("qwen_chat", 4, 8, " "),
-        ("qwen_plain", 4, 8, ""),
-        ("qwen_plain", 8, 256, " "),
-        ("qwen_chat", 8, 256, ""),
-        ("smol_chat", 4, 8, " "),
-        ("smol_plain", 4, 8, ""),
+        ("qwen_chat", 4, 8, " ", 36),
+        ("qwen_plain", 4, 8, "", 20),
+        ("qwen_plain", 8, 256, " ", 36),
+        ("qwen_chat", 8, 256, "", 20),
+        ("smol_chat", 4, 8, " ", 60),
+        ("smol_plain", 4, 8, "", 20),
     ],
 )
-def test_constrained_equals_generate(name, code_seq_len, codebook_size, separator, build, record_property):
+def test_constrained_equals_generate(name, code_seq_len, codebook_size, separator, steps, build, record_property):
     sizes = {"code_seq_len": code_seq_len, "codebook_size": codebook_size}
     scheme = TokenSchemeConfig(separator=separator)
     backend = build(name, token_scheme=scheme, **sizes)
-    batch = fit(backend, steps=36 if separator else 20)
+    batch = fit(backend, steps=steps)
     fast, slow = decode(backend, "constrained", batch), decode(backend, "generate", batch)
 
     best = fast.logits.topk(2, dim=-1).values
@@ -81,7 +81,7 @@ def test_constrained_equals_generate(name, code_seq_len, codebook_size, separato
     record_property("smallest_gap_of_two_best_logits", gap)
     record_property("distinct_outputs", distinct)
     print(f"S={code_seq_len} K={codebook_size}: {distinct} distinct outputs of {len(PROMPTS)}, smallest gap {gap:.2g}")
-    assert distinct > len(PROMPTS) // 2
+    assert distinct == len(PROMPTS)  # one answer for all prompts would prove little
     assert gap > SMALLEST_GAP
     assert torch.equal(fast.tokens, slow.tokens)
     assert torch.equal(fast.tokens, fast.logits.argmax(-1))
