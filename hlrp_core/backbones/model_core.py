@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import abc
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hlrp_core.backbones.tied_table import one_gradient
 from hlrp_core.prompting.prompt import PaddingSide
 
 
@@ -146,6 +149,7 @@ class ModelCore(nn.Module, abc.ABC):
         super().__init__()
         self.model = model
         self.processor = processor
+        self._shared_projection: Tensor | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -226,6 +230,23 @@ class ModelCore(nn.Module, abc.ABC):
     @property
     def lm_head(self) -> nn.Linear:
         return self.model.get_output_embeddings()  # type: ignore[return-value]
+
+    @property
+    def projection_weight(self) -> Tensor:
+        """`[V, W]`, to project hidden states with for a loss."""
+        return self.lm_head.weight if self._shared_projection is None else self._shared_projection
+
+    @contextmanager
+    def learning_tokens(self) -> Iterator[None]:
+        """For a loss through `projection_weight`: both uses of a tied vocabulary table then give one gradient.
+
+        Nothing but speed depends on it.
+        """
+        with one_gradient(self.model.get_input_embeddings(), self.lm_head) as self._shared_projection:  # type: ignore[arg-type]
+            try:
+                yield
+            finally:
+                self._shared_projection = None
 
     def check_length(self, num_tokens: int) -> None:
         """Raises:

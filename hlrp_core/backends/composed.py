@@ -102,10 +102,11 @@ class ComposedBackend(nn.Module):
         objectives = self._objectives(mode)
         self._check_labels(batch, objectives)
         codes = self._target_codes(batch) if "codes" in objectives else None
-        encoding, inputs = self._encode_for_training(batch, objectives, codes)
         losses: dict[str, tuple[Tensor, Tensor, dict[str, float]]] = {}  # name -> per sample, mask, metrics
-        if codes is not None:
-            losses["codes"] = self._codes_loss(batch, codes, encoding)
+        with self.core.learning_tokens():
+            encoding, inputs = self._encode_for_training(batch, objectives, codes)
+            if codes is not None:
+                losses["codes"] = self._codes_loss(batch, codes, encoding)
         if "actions" in objectives:
             assert isinstance(batch, ActionBatch)
             losses["actions"] = self._actions_loss(batch, encoding, inputs)
@@ -202,8 +203,9 @@ class ComposedBackend(nn.Module):
             ValueError: `codes` has another shape or range.
         """
         codes = self._expect_codes(codes.to(self.core.device), "codes", batch.batch_size)
-        encoding, _ = self._encode_for_training(batch, ("codes",), codes)
-        return self.code_head.log_prob(self.core, encoding, codes)
+        with self.core.learning_tokens():
+            encoding, _ = self._encode_for_training(batch, ("codes",), codes)
+            return self.code_head.log_prob(self.core, encoding, codes)
 
     def predict_action_chunk(self, batch: ActionBatch, *, sampling: SamplingOptions | None = None) -> ActionOutput:
         """A chunk of actions, from frame t, the instruction and the state. Runs without gradient, in eval mode.

@@ -40,7 +40,7 @@ class CodeTokenHead(CodeHead):
         return self.vocabulary.encode(codes)
 
     def loss(self, core: ModelCore, encoding: BackboneEncoding, codes: Tensor) -> CodeLoss:
-        hidden, weight = encoding.completion_hidden, core.lm_head.weight
+        hidden, weight = encoding.completion_hidden, core.projection_weight
         assert hidden is not None
         if self.objective == "restricted":
             logits = self._code_logits(core, hidden).float()  # (B, S, K)
@@ -67,7 +67,7 @@ class CodeTokenHead(CodeHead):
     def _code_logits(self, core: ModelCore, hidden: Tensor) -> Tensor:
         """Logits `[B, S, K]` of the codes, from states `[B, N, W]` of a completion."""
         at_codes = hidden[:, self.vocabulary.code_slots.to(hidden.device)]  # (B, S, W)
-        rows = core.lm_head.weight[self.vocabulary.code_ids.to(hidden.device)]  # (K, W)
+        rows = core.projection_weight[self.vocabulary.code_ids.to(hidden.device)]  # (K, W)
         return at_codes.to(rows.dtype) @ rows.T
 
     def predict(
