@@ -25,7 +25,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hlrp_core.backbones.code_rows import CodeRows
 from hlrp_core.backbones.loading import build_core
+from hlrp_core.backbones.model_core import ModelCore
 from hlrp_core.backends.composed import ComposedBackend
 from hlrp_core.backends.config import BackendConfig
 from hlrp_core.codes.token_scheme import TokenSchemeConfig
@@ -114,10 +116,17 @@ def save_pretrained(backend: ComposedBackend, folder: str | Path, *, extra: dict
     return folder
 
 
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict, without trainable code rows: their place is in the tables, whatever the next run trains."""
+    inside = tuple(f"{name}." for name, part in module.named_modules() if isinstance(part, CodeRows))
+    tensors = module.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(inside)}
+
+
 def unique_names(module: nn.Module) -> list[str]:
-    """Names of the state dict without the second names of shared tensors (tied embeddings)."""
+    """Names of the state dict without the second names of shared tensors (tied embeddings, code rows)."""
     first: dict[int, str] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
+    for name, tensor in own_tensors(module).items():
         first.setdefault(id(tensor), name)
     return list(first.values())
 
@@ -265,7 +274,7 @@ def load_tensors(module: nn.Module, path: str | Path, *, new_parts: tuple[str, .
             f"{path}: expected the weights as they were saved, got an altered file. "
             "Next step: copy or download the folder anew."
         )
-    own = module.state_dict(keep_vars=True)
+    own = own_tensors(module)
     aliases: dict[int, list[str]] = {}
     for name, tensor in own.items():
         aliases.setdefault(id(tensor), []).append(name)
@@ -292,6 +301,9 @@ def load_tensors(module: nn.Module, path: str | Path, *, new_parts: tuple[str, .
                     "Next step: copy or download the folder anew."
                 )
             own[name].copy_(tensor)
+    for part in module.modules():
+        if isinstance(part, ModelCore):
+            part.read_code_rows()
     if fresh:
         logger.info("Initialised afresh, as the checkpoint has no such part: %s", ", ".join(fresh))
     return fresh

@@ -41,6 +41,7 @@ def build_backend_config(
         decoding=config.decoding,
         code_objective=config.code_objective,  # type: ignore[arg-type]
         latent_pooling=config.latent_pooling,  # type: ignore[arg-type]
+        train_vocabulary=config.train_vocabulary,  # type: ignore[arg-type]
         action_head=_build_head_config(config, saved.action_head if saved is not None else None, code_vector_dim),
         code_source=config.code_source,  # type: ignore[arg-type]
         codes_loss_weight=config.codes_loss_weight,

@@ -211,7 +211,8 @@ class HLRPPolicy(PreTrainedPolicy):
         if "codes" in self.config.objectives:
             # codes as tokens are rows of the vocabulary; a latent head has weights of its own
             has_own_weights = any(True for _ in self.backend.code_head.parameters())
-            whole += ["code_head"] if has_own_weights else ["embed_tokens", "lm_head"]
+            tables = ["embed_tokens", "lm_head"] if self.config.train_vocabulary == "all" else ["code_rows"]
+            whole += ["code_head"] if has_own_weights else tables
         if self.backend.action_head is not None:
             whole.append("action_head")
         projections = "(q|k|v|o|gate|up|down)_proj"

@@ -77,6 +77,8 @@ class HLRPConfig(PreTrainedConfig):
     code_objective: str = "completion"
     # How hidden states become codes (code_head=latent): from their `mean`, the `last` one, or by a learned `query`.
     latent_pooling: str = "mean"
+    # What is trained of the vocabulary's tables (code_head=tokens): `all` of them, or the `code_rows` alone.
+    train_vocabulary: str = "all"
     # Pixels along an image's side, as the backbone sees it. By default as the backbone's processor has it.
     image_size: int | None = None
     # An image as several tiles of `image_size` (hlrp_smolvlm, hlrp_smol_latent): sharper, and many times the tokens.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hlrp_core.backbones.code_rows import CodeRows, replace_embeddings, replace_logits
 from hlrp_core.backbones.tied_table import one_gradient
 from hlrp_core.prompting.prompt import PaddingSide
 
@@ -150,6 +151,7 @@ class ModelCore(nn.Module, abc.ABC):
         self.model = model
         self.processor = processor
         self._shared_projection: Tensor | None = None
+        self.code_rows: CodeRows | None = None  # the tables are trained as they are
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -277,6 +279,49 @@ class ModelCore(nn.Module, abc.ABC):
                 old = table[:num_old].float()  # type: ignore[index]
                 noise = torch.randn(len(new_ids), old.shape[1], generator=generator).to(old.device)
                 table[new_ids.to(old.device)] = (old.mean(0) + 0.5 * old.std(0) * noise).to(table.dtype)  # type: ignore[index]
+
+    def train_code_rows(self, ids: Tensor) -> None:
+        """Freeze the embedding and the output projection, but for the rows of `ids`, which are consecutive.
+
+        The rows of `code_rows` stand in for theirs in every forward, that of Hugging Face `generate` included. The
+        tables' own are brought up to date whenever a state dict is taken, so that a checkpoint is an ordinary one.
+        """
+        embedding, projection = self.model.get_input_embeddings(), self.lm_head
+        self.code_rows = CodeRows(embedding.weight, projection.weight, ids)  # type: ignore[arg-type]
+        # `self.code_rows` is looked up in every call: an adapter replaces the module
+        embedding.register_forward_hook(self._embed_code_rows)
+        projection.register_forward_hook(self._project_code_rows)
+        for table in (embedding, projection):
+            table.register_state_dict_pre_hook(self._write_code_rows)
+
+    def _embed_code_rows(self, _: nn.Module, args: tuple[Tensor, ...], embeds: Tensor) -> Tensor:
+        assert self.code_rows is not None
+        return replace_embeddings(embeds, args[0], self.code_rows("embedding"), self.code_rows.span)
+
+    def _project_code_rows(self, _: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+        assert self.code_rows is not None
+        return replace_logits(logits, args[0], self.code_rows("projection"), self.code_rows.span)
+
+    @torch.no_grad()
+    def _write_code_rows(self, *_: Any) -> None:
+        assert self.code_rows is not None
+        span = self.code_rows.span
+        self.model.get_input_embeddings().weight[span] = self.code_rows("embedding")  # type: ignore[index, operator]
+        self.lm_head.weight[span] = self.code_rows("projection")
+
+    @torch.no_grad()
+    def read_code_rows(self) -> None:
+        """Take the trained rows from the tables: after weights were loaded into these."""
+        if self.code_rows is not None:
+            span = self.code_rows.span
+            self.code_rows("embedding").copy_(self.model.get_input_embeddings().weight[span])  # type: ignore[index]
+            self.code_rows("projection").copy_(self.lm_head.weight[span])
+
+    def projection_rows(self, ids: Tensor) -> Tensor:
+        """Rows `[N, W]` of the output projection, of code tokens `ids` `[N]`."""
+        if self.code_rows is None:
+            return self.projection_weight[ids]
+        return self.code_rows("projection")[ids - self.code_rows.span.start]
 
     def save_architecture(self, folder: Path) -> None:
         """Write the backbone's `config.json` and the processor's files: everything but the weights."""

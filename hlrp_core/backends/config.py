@@ -12,6 +12,7 @@ from hlrp_core.prompting.prompt import PromptConfig
 CodeObjective = Literal["completion", "codes_only", "restricted"]
 CodeSource = Literal["predicted", "teacher"]
 LatentPooling = Literal["mean", "last", "query"]
+TrainVocabulary = Literal["all", "code_rows"]
 
 
 @dataclass
@@ -29,6 +30,8 @@ class BackendConfig:
         learns it, `codes_only`, or `restricted` to the K code rows at the code positions.
     latent_pooling: how the prompt's hidden states are summed up (latent-head backends): their `mean`, the `last` one,
         or a learned `query` for each code position.
+    train_vocabulary: what is trained of the embedding table and the vocabulary projection: `all` of them, or the
+        `code_rows` alone, those of the code tokens and their wrapper (token backends).
     action_head: None for a backend that predicts codes alone.
     code_source: codes that a code-conditioned action head trains on: those it will see (`predicted`), or the
         labels (`teacher`).
@@ -46,6 +49,7 @@ class BackendConfig:
     decoding: str = "constrained"
     code_objective: CodeObjective = "completion"
     latent_pooling: LatentPooling = "mean"
+    train_vocabulary: TrainVocabulary = "all"
     action_head: ActionHeadConfig | None = None
     code_source: CodeSource = "predicted"
     codes_loss_weight: float = 1.0
@@ -60,7 +64,12 @@ class BackendConfig:
         for name in ("codes_loss_weight", "actions_loss_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        choices = {"code_source": CodeSource, "latent_pooling": LatentPooling, "code_objective": CodeObjective}
+        choices = {
+            "code_source": CodeSource,
+            "latent_pooling": LatentPooling,
+            "code_objective": CodeObjective,
+            "train_vocabulary": TrainVocabulary,
+        }
         for name, known in choices.items():
             if getattr(self, name) not in get_args(known):
                 raise ValueError(f"{name}: expected one of {', '.join(get_args(known))}, got {getattr(self, name)!r}")

@@ -17,10 +17,9 @@ def compose_token_backend(config: BackendConfig, core: ModelCore, *, prompting: 
     add_code_tokens(core.tokenizer, config.token_scheme, config.codebook_size)
     vocabulary = CodeVocabulary(core.tokenizer, config.token_scheme, config.codebook_size, config.code_seq_len)
     if is_new:
-        new_ids = vocabulary.code_ids.new_tensor(
-            [vocabulary.begin_id, vocabulary.end_id, *vocabulary.code_ids.tolist()]
-        )
-        core.grow_vocabulary(num_old=min(num_old, int(new_ids.min())), new_ids=new_ids)
+        core.grow_vocabulary(num_old=min(num_old, int(vocabulary.ids.min())), new_ids=vocabulary.ids)
+    if config.train_vocabulary == "code_rows":
+        core.train_code_rows(vocabulary.ids)
     decoder = make_decoder(config.decoding, vocabulary)
     head = CodeTokenHead(vocabulary, decoder, objective=config.code_objective)
     return compose_backend(config, core, prompting=prompting, code_head=head)

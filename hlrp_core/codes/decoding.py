@@ -77,7 +77,7 @@ class ConstrainedDecoder(CodeDecoder):
             hidden, cache = core(tokens, cache=encoding.cache)
 
         code_ids = self.vocabulary.code_ids.to(device)
-        rows = core.lm_head.weight[code_ids]  # (K, W): gathered once for all steps
+        rows = core.projection_rows(code_ids)  # (K, W): gathered once for all steps
         separator = torch.tensor(self.vocabulary.separator_ids, dtype=torch.long, device=device).expand(size, -1)
         logits, codes = [], []
         for position in range(self.vocabulary.code_seq_len):

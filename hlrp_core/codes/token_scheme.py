@@ -120,7 +120,8 @@ class CodeVocabulary:
         self.codebook_size = codebook_size
         self.code_seq_len = code_seq_len
         self.begin_id, self.end_id = ids[0], ids[1]
-        self.code_ids = torch.tensor(ids[2:])  # (K,)
+        self.ids = torch.tensor(ids)  # (2 + K,), consecutive: the wrapper and the codes
+        self.code_ids = self.ids[2:]  # (K,)
         self.separator_ids = encode_plain(tokenizer, scheme.separator) if scheme.separator else []
 
         code_slot = -1

@@ -40,7 +40,7 @@ class CodeTokenHead(CodeHead):
         return self.vocabulary.encode(codes)
 
     def loss(self, core: ModelCore, encoding: BackboneEncoding, codes: Tensor) -> CodeLoss:
-        hidden, weight = encoding.completion_hidden, core.projection_weight
+        hidden = encoding.completion_hidden
         assert hidden is not None
         if self.objective == "restricted":
             logits = self._code_logits(core, hidden).float()  # (B, S, K)
@@ -52,8 +52,7 @@ class CodeTokenHead(CodeHead):
         if self.objective == "codes_only":
             slots = self.vocabulary.code_slots.to(hidden.device)
             hidden, labels = hidden[:, slots], labels[:, slots]
-        # the prompt's positions are never projected
-        per_token = linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten())  # (B * N)
+        per_token = _vocabulary_loss(core, hidden.flatten(0, 1), labels.flatten())  # (B * N)
         return CodeLoss(per_token.view_as(labels).mean(1), predicted)
 
     def log_prob(self, core: ModelCore, encoding: BackboneEncoding, codes: Tensor) -> Tensor:
@@ -67,7 +66,7 @@ class CodeTokenHead(CodeHead):
     def _code_logits(self, core: ModelCore, hidden: Tensor) -> Tensor:
         """Logits `[B, S, K]` of the codes, from states `[B, N, W]` of a completion."""
         at_codes = hidden[:, self.vocabulary.code_slots.to(hidden.device)]  # (B, S, W)
-        rows = core.projection_weight[self.vocabulary.code_ids.to(hidden.device)]  # (K, W)
+        rows = core.projection_rows(self.vocabulary.code_ids.to(hidden.device))  # (K, W)
         return at_codes.to(rows.dtype) @ rows.T
 
     def predict(
@@ -80,3 +79,12 @@ class CodeTokenHead(CodeHead):
     ) -> LatentOutput:
         core.check_length(inputs.tokens.ids.shape[1] + self.vocabulary.completion_len)
         return self.decoder.decode(core, inputs, sampling, encoding=encoding)
+
+
+def _vocabulary_loss(core: ModelCore, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy `[M]` of states `[M, W]` over all V tokens; the prompt's positions are never among them."""
+    weight = core.projection_weight
+    if core.code_rows is None:
+        return linear_cross_entropy(hidden, weight, labels)
+    rows, first_row = core.code_rows("projection"), core.code_rows.span.start
+    return linear_cross_entropy(hidden, weight, labels, rows=rows, first_row=first_row)

@@ -4,7 +4,7 @@
 gradient of the weights that tied embeddings cannot be added to in place. With a vocabulary of 150,000 rows these
 dominate a training step of a small model. The value and the gradients are the same.
 
-Shape legend: M labelled positions, W hidden width, V vocabulary rows.
+Shape legend: M labelled positions, W hidden width, V vocabulary rows, R replaced rows.
 """
 
 from __future__ import annotations
@@ -17,39 +17,54 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, rows: Tensor | None = None, first_row: int = 0
+) -> Tensor:
     """Losses `[M]` float32 of hidden states `[M, W]` projected by `weight` `[V, W]`, against `labels` `[M]` long.
 
     Projects in the precision of autocast where that is on, else in that of the weights; the softmax is float32.
+
+    Args:
+        rows: `[R, W]`, in place of the rows of `weight` from `first_row` on. Where `weight` needs no gradient, none of
+            its size is made.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), labels)  # type: ignore[return-value]
+    if rows is None:
+        rows = weight.new_empty(0, weight.shape[1])
+    span = slice(first_row, first_row + len(rows))
+    return _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), rows.to(dtype), labels, span)  # type: ignore[return-value]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, rows: Tensor, labels: Tensor, span: slice) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             logits = F.linear(hidden, weight).float()  # (M, V)
+            logits[:, span] = F.linear(hidden, rows).float()
         highest = logits.amax(dim=1, keepdim=True)
         at_label = logits.gather(1, labels[:, None])
         weights = logits.sub_(highest).exp_()  # of the softmax, not yet divided by their sum; the logits' memory
         total = weights.sum(dim=1, keepdim=True)
-        ctx.save_for_backward(hidden, weight, labels, total)
+        ctx.save_for_backward(hidden, weight, rows, labels, total)
+        ctx.span = span
         ctx.weights = weights
         return (total.log() + highest - at_label)[:, 0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
-        hidden, weight, labels, total = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, rows, labels, total = ctx.saved_tensors
         if ctx.weights is None:
             raise RuntimeError("linear_cross_entropy: expected one backward, got a second; its buffer is used up.")
         of_logits = ctx.weights.mul_(grad[:, None] / total)  # (M, V), in place again
         ctx.weights = None
         of_logits.scatter_add_(1, labels[:, None], -grad[:, None])
         of_logits = of_logits.to(weight.dtype)
-        of_hidden = of_logits @ weight if ctx.needs_input_grad[0] else None
-        of_weight = of_logits.t() @ hidden if ctx.needs_input_grad[1] else None
-        return of_hidden, of_weight, None
+        at_rows = of_logits[:, ctx.span].clone()  # (M, R)
+        of_logits[:, ctx.span] = 0
+        needs_hidden, needs_weight, needs_rows, *_ = ctx.needs_input_grad
+        of_hidden = torch.addmm(at_rows @ rows, of_logits, weight) if needs_hidden else None
+        of_weight = of_logits.t() @ hidden if needs_weight else None
+        of_rows = at_rows.t() @ hidden if needs_rows else None
+        return of_hidden, of_weight, of_rows, None, None

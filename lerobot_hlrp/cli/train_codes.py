@@ -62,6 +62,8 @@ class TrainCodesCommand(CodeTrainingConfig):
     code_objective: str = "completion"
     # How hidden states become codes (latent-head backends): from their `mean`, the `last` one, or by a learned `query`.
     latent_pooling: str = "mean"
+    # What is trained of the vocabulary's tables (token backends): `all` of them, or the `code_rows` alone.
+    train_vocabulary: str = "all"
     # Keep the vision tower as it is.
     freeze_vision: bool = False
     # Of the backbone's weights. Below float32 only where memory demands it.
@@ -134,7 +136,8 @@ def train(command: TrainCodesCommand) -> int:
 
 _POLICY_SETTINGS = (
     *("backbone", "codes", "laq", "camera", "extra_cameras", "frame_gap", "prompt", "token_scheme", "image_size"),
-    *("image_splitting", "code_objective", "latent_pooling", "freeze_vision", "backbone_dtype", "dtype"),
+    *("image_splitting", "code_objective", "latent_pooling", "train_vocabulary", "freeze_vision"),
+    *("backbone_dtype", "dtype"),
 )
 
 

@@ -84,3 +84,22 @@ def test_the_inputs_are_left_as_they_were():
     before = hidden.detach().clone(), weight.detach().clone(), labels.clone()
     linear_cross_entropy(hidden, weight, labels).sum().backward()
     assert all(torch.equal(a, b) for a, b in zip((hidden, weight, labels), before, strict=True))
+
+
+@pytest.mark.parametrize("first_row", [0, 3])
+def test_replaced_rows_equal_a_table_that_holds_them(first_row):
+    hidden, weight, labels = inputs()
+    rows = torch.randn(4, weight.shape[1], requires_grad=True)
+    labels[:2] = first_row  # some of the labels are among them
+    upstream = torch.randn(M)
+    frozen = weight.detach()
+    ours = linear_cross_entropy(hidden, frozen, labels, rows=rows, first_row=first_row)
+    table = torch.cat([weight[:first_row], rows, weight[first_row + 4 :]])
+    theirs = F.cross_entropy(F.linear(hidden, table), labels, reduction="none")
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for mine, reference in zip(
+        torch.autograd.grad((ours * upstream).sum(), (hidden, rows)),
+        torch.autograd.grad((theirs * upstream).sum(), (hidden, rows)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
