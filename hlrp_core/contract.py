@@ -128,7 +128,7 @@ class ActionBatch(FoundationBatch):
     """A `FoundationBatch` with what a robot adds: state, action chunks, further camera views at time t.
 
     Args:
-        state: `[B, D]` float.
+        state: `[B, D]` float, normalised, at time t.
         actions: `[B, C, A]` float, normalised.
         action_is_pad: `[B, C]` bool, True where the chunk runs past the end of its episode.
         action_valid: `[B]` bool, False where a sample has no action label. None: all have one.

@@ -37,7 +37,7 @@ class BatchReader:
 
     Args:
         config: with its features settled.
-        state_dim: width of the state that the action head sees; 0 where it sees none.
+        state_dim: width of the state that the action head or the prompt sees; 0 where none does.
         labels: where codes come from; None where there are none.
         action_episodes: those that may supervise actions; None for all.
     """
@@ -72,6 +72,7 @@ class BatchReader:
         """
         frames = self._read_frames(batch)
         labels: dict[str, Any] = {}
+        valid = None
         if self.config.needs_code_labels:
             labels["target_codes"], labels["codes_valid"] = self._read_codes(batch, frames)
         if self.config.learns_actions:
@@ -80,7 +81,9 @@ class BatchReader:
                 batch, chunk_size=self.config.chunk_size, action_valid=valid
             )
             labels["action_valid"] = valid
-            labels["state"] = self._read_state(batch, valid)
+        if self.config.reads_state:
+            # a prompt shows the state of every sample, labelled or not
+            labels["state"] = self._read_state(batch, None if self.config.prompt.state_text else valid)
         return self._build(batch, frames, **labels)
 
     def _build(self, batch: Batch, frames: Tensor, **rest: Any) -> ActionBatch:
@@ -190,7 +193,7 @@ def read_state(batch: Batch, state_dim: int) -> Tensor:
     if state is None or state.shape[-1] != state_dim:
         raise ValueError(
             f"{OBS_STATE}: expected [B, {state_dim}], got {None if state is None else list(state.shape)}. Next step: "
-            "use the dataset or environment that the action head was made for."
+            "use the dataset or environment that the policy was made for."
         )
     return state[:, 0] if state.ndim == 3 else state
 

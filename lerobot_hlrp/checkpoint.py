@@ -128,5 +128,5 @@ def fetch_folder(name: str | Path, **download: Any) -> Path:
         f"{name}, which is no folder",
         "Check the path.",
     )
-    parts = ["config.json", "hlrp.json", WEIGHTS, "backbone/*"]
+    parts = ["config.json", "hlrp.json", WEIGHTS, "backbone/*", "policy_preprocessor*"]
     return Path(snapshot_download(str(name), allow_patterns=parts, **download))

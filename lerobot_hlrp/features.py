@@ -50,6 +50,15 @@ def settle_features(config: HLRPConfig) -> None:
     config.input_features = {key: ft for key, ft in features.items() if key not in cameras or key in used}
     if config.learns_actions:
         _check_action_features(config)
+    expect(
+        not config.prompt.state_text or config.robot_state_feature is not None,
+        "data for prompt.state_text",
+        f"a state ({OBS_STATE})",
+        f"none; they have {', '.join(sorted(features))}",
+        "Use data with a state, or --policy.prompt.state_text=false.",
+    )
+    for key, feature in config.normalized_features().items():
+        expect(len(feature.shape) == 1, key, "a vector", f"shape {list(feature.shape)}", "Flatten it in the dataset.")
 
 
 def _check_action_features(config: HLRPConfig) -> None:
@@ -67,8 +76,6 @@ def _check_action_features(config: HLRPConfig) -> None:
         f"none; it has {', '.join(sorted(config.input_features or {}))}",
         "Use a dataset with actions, or --policy.mode=codes.",
     )
-    for key, feature in config.normalized_features().items():
-        expect(len(feature.shape) == 1, key, "a vector", f"shape {list(feature.shape)}", "Flatten it in the dataset.")
 
 
 def find_camera(name: str | None, cameras: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ Shape legend: B batch, S code positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ class FoundationBatches:
         num_workers: processes that load frames.
         shard: this process and the number of them; each reads its own share.
         device: where the batches go, so that an online LAQ runs there too.
+        preprocess: a policy's preprocessor, which normalises the state; where no state is read there is no need of it.
 
     Raises:
         ValueError: no frame has a label.
@@ -68,6 +69,7 @@ class FoundationBatches:
         num_workers: int = 0,
         shard: tuple[int, int] = (0, 1),
         device: torch.device | str = "cpu",
+        preprocess: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ):
         self.dataset = dataset
         self.reader = reader
@@ -76,6 +78,7 @@ class FoundationBatches:
         self.num_workers = num_workers
         self.shard = shard
         self.device = torch.device(device)
+        self.preprocess = preprocess
         self.items = labelled_items(dataset, reader)
         if len(self.items) < shard[1]:
             raise ValueError(
@@ -102,8 +105,9 @@ class FoundationBatches:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator().manual_seed(epoch),  # or else every pass would draw from the global one
         )
-        for batch in loader:
-            yield self.reader.read_training(self._to_device(batch))
+        for loaded in loader:
+            batch = self._to_device(loaded)
+            yield self.reader.read_training(batch if self.preprocess is None else self.preprocess(batch))
 
     def _batches_of(self, epoch: int) -> list[list[int]]:
         items = self.items

@@ -65,15 +65,17 @@ class HLRPPolicy(PreTrainedPolicy):
         super().__init__(config)
         config.validate_features()
         labels = open_label_source(config, dataset_meta)
-        episodes = None if dataset_meta is None else _claim_action_episodes(config, dataset_meta)
+        episodes = None
+        if dataset_meta is not None:
+            episodes = _claim_action_episodes(config, dataset_meta)
+            check_statistics(dataset_meta.stats, config.normalized_features(), config.normalization_mapping)
         self.backend = build_new_backend(config) if backend is None else backend
         self.backend.setup(device=torch.device(config.device or "cpu"))
         if config.extra_cameras:
             self.backend.prompting.check_length_sources(len(config.cameras))
-        head = self.backend.action_head
         self.reader = BatchReader(
             config,
-            state_dim=0 if head is None else head.config.state_dim,
+            state_dim=_state_dim(config, self.backend),
             labels=labels,
             action_episodes=episodes,
         )
@@ -293,6 +295,14 @@ class HLRPPolicy(PreTrainedPolicy):
 _METRICS = {"codes": ("codes_loss", "code_accuracy", "constant_accuracy"), "actions": ("actions_loss",)}
 
 
+def _state_dim(config: HLRPConfig, backend: ComposedBackend) -> int:
+    """Width of the state that the policy sees; 0 for none."""
+    if config.prompt.state_text:
+        assert config.robot_state_feature is not None  # settled by validate_features
+        return config.robot_state_feature.shape[0]
+    return 0 if backend.action_head is None else backend.action_head.config.state_dim
+
+
 def _claim_action_episodes(config: HLRPConfig, meta: LeRobotDatasetMetadata) -> list[int] | None:
     """Episodes that may supervise actions; None for all. Narrows the dataset's statistics to them."""
     if not config.learns_actions:
@@ -303,5 +313,4 @@ def _claim_action_episodes(config: HLRPConfig, meta: LeRobotDatasetMetadata) -> 
         logger.info("Actions supervise in %d of %d episodes: %s", len(episodes), meta.total_episodes, episodes)
         if "codes" not in config.objectives:
             logger.info("The others teach nothing in mode=actions; --dataset.episodes=<the same list> leaves them out.")
-    check_statistics(meta.stats, config.normalized_features(), config.normalization_mapping)
     return episodes

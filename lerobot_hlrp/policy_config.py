@@ -234,6 +234,11 @@ class HLRPConfig(PreTrainedConfig):
         return "actions" in self.objectives
 
     @property
+    def reads_state(self) -> bool:
+        """Whether the state is an input of the mode's training: of an action head, or of the prompt."""
+        return self.learns_actions or self.prompt.state_text
+
+    @property
     def needs_code_labels(self) -> bool:
         return "codes" in self.objectives or (
             self.learns_actions and self.resolved_code_conditioning != "none" and self.code_source == "teacher"
@@ -309,8 +314,12 @@ class HLRPConfig(PreTrainedConfig):
         return [name for name in (self.camera, *self.extra_cameras) if name is not None]
 
     def normalized_features(self) -> dict[str, PolicyFeature]:
-        """State and action as the policy uses them; other features need no statistics."""
-        found = {OBS_STATE: self.robot_state_feature, ACTION: self.action_feature}
+        """State and action, where the policy uses them; other features need no statistics."""
+        found = {}
+        if self.reads_state:
+            found[OBS_STATE] = self.robot_state_feature
+        if self.learns_actions:
+            found[ACTION] = self.action_feature
         return {key: feature for key, feature in found.items() if feature is not None}
 
     # -- saving ---------------------------------------------------------------------------------------------------

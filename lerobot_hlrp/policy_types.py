@@ -15,6 +15,7 @@ from lerobot_hlrp.expectation import expect
 if TYPE_CHECKING:
     from lerobot.configs.default import DatasetConfig
     from lerobot.datasets import LeRobotDatasetMetadata
+    from lerobot.processor import PolicyProcessorPipeline
 
     from hlrp_core.backends.config import BackendConfig
     from lerobot_hlrp.policy import HLRPPolicy
@@ -119,6 +120,26 @@ def _wrap_bundle(folder: Path, meta: LeRobotDatasetMetadata, *, device: str | No
     config = build_policy_config(config_from_dict(manifest["backend"]), device=device, **settings)
     config.input_features = dataset_to_policy_features(meta.features)
     return get_policy_class(config.type)(config, backend=backend, dataset_meta=meta).eval()  # type: ignore[return-value, call-arg]
+
+
+def load_preprocessor(
+    path: str | Path, policy: HLRPPolicy, meta: LeRobotDatasetMetadata
+) -> PolicyProcessorPipeline[dict[str, Any], dict[str, Any]]:
+    """The preprocessor of a policy from `load_code_policy`; a core bundle has none, and gets the dataset's statistics.
+
+    Args:
+        path: folder, or repository on the Hub.
+        meta: of the dataset at hand.
+    """
+    from lerobot.policies.factory import make_pre_post_processors
+    from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME
+
+    folder = fetch_folder(path)
+    if not (folder / f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json").is_file():
+        return make_pre_post_processors(policy.config, dataset_stats=meta.stats)[0]  # type: ignore[arg-type]
+    overrides = {"device_processor": {"device": policy.config.device}}
+    saved = make_pre_post_processors(policy.config, str(folder), preprocessor_overrides=overrides)  # type: ignore[arg-type]
+    return saved[0]
 
 
 def build_policy_config(backend: BackendConfig, *, device: str | None = None, **settings: Any) -> HLRPConfig:

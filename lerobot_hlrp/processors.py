@@ -29,6 +29,5 @@ def make_pre_post_processors(
     Raises:
         ValueError: statistics that the policy needs are missing.
     """
-    if config.learns_actions:
-        check_statistics(dataset_stats, config.normalized_features(), config.normalization_mapping)
+    check_statistics(dataset_stats, config.normalized_features(), config.normalization_mapping)
     return make_default_pre_post_processors(config, dataset_stats, normalizer_device=config.device)

@@ -244,10 +244,12 @@ class ComposedBackend(nn.Module):
 
     def _prompt(self, batch: FoundationBatch, *, for_prediction: bool) -> PromptInputs:
         views = [batch.frames[:, 0]]  # frame t alone: later frames belong to the teacher
+        state = None
         if isinstance(batch, ActionBatch):
+            state = batch.state
             views += [batch.views[name] for name in sorted(batch.views)]
         side = "left" if for_prediction else self.prompting.config.padding_side
-        return self.prompting.encode(views, batch.instructions, padding_side=side)
+        return self.prompting.encode(views, batch.instructions, padding_side=side, state=state)
 
     def _encode(self, inputs: PromptInputs, *, use_cache: bool) -> BackboneEncoding:
         hidden, cache = self.core(inputs.tokens, inputs.images, use_cache=use_cache)

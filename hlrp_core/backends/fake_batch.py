@@ -32,6 +32,8 @@ def fake_batch(
         labels["action_is_pad"][0, -1] = head.chunk_size > 1
         if head.state_dim > 0:
             labels["state"] = torch.randn(batch_size, head.state_dim, generator=rng)
+    if backend.config.prompt.state_text and "state" not in labels:
+        labels["state"] = torch.randn(batch_size, 3, generator=rng)
     return ActionBatch(
         frames=frames,
         instructions=[_INSTRUCTIONS[i % len(_INSTRUCTIONS)] for i in range(batch_size)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +20,13 @@ class PromptConfig:
         few_shot: text before the instruction, such as worked examples. May hold special tokens.
         instruction_template: `{instruction}` stands for the user's words, which are always plain text.
         use_instruction: False hides the user's words from the model: the baseline that cannot listen.
-        image_position: of the image, relative to the words. `after` lets the image's tokens attend to the words
+        state_text: write the normalised state at time t behind the words, on a line of its own, as whole numbers.
+        Off, only an action head sees the state.
+    state_template: `{state}` stands for the numbers, with blanks between them.
+    state_bins: how many numbers there are: 0 to `state_bins` - 1.
+    state_range: the bins divide [-`state_range`, `state_range`] evenly, and what lies beyond falls into the outer ones.
+        The default suits a state normalised to mean 0 and standard deviation 1; for one in [-1, 1] it is 1.
+    image_position: of the image, relative to the words. `after` lets the image's tokens attend to the words
             under a causal mask: a model trained from scratch needs it to learn what the words point at.
         length_from: who finds the prompt's ids and so its length: the `tokenizer` alone, with the image's token
             count from its grid, or the `processor`'s own output. Both are compared once, at setup.
@@ -30,15 +37,30 @@ class PromptConfig:
     few_shot: str = ""
     instruction_template: str = "{instruction}"
     use_instruction: bool = True
+    state_text: bool = False
+    state_template: str = "State: {state};"
+    state_bins: int = 256
+    state_range: float = 3.0
     image_position: ImagePosition = "after"
     length_from: LengthSource = "tokenizer"
     padding_side: PaddingSide = "left"
 
     def __post_init__(self) -> None:
-        if self.instruction_template.count("{instruction}") != 1:
+        for field, slot, belongs in (
+            ("instruction_template", "{instruction}", "the user's words"),
+            ("state_template", "{state}", "the numbers"),
+        ):
+            if getattr(self, field).count(slot) != 1:
+                raise ValueError(
+                    f"prompt.{field}: expected '{slot}' once, got {getattr(self, field)!r}. "
+                    f"Next step: put it where {belongs} belong."
+                )
+        if self.state_bins < 2:
+            raise ValueError(f"prompt.state_bins: expected 2 or more, got {self.state_bins}. Next step: raise it.")
+        if not 0 < self.state_range < math.inf:
             raise ValueError(
-                "prompt.instruction_template: expected '{instruction}' once, got "
-                f"{self.instruction_template!r}. Next step: put it where the user's words belong."
+                f"prompt.state_range: expected a number above 0, got {self.state_range}. Next step: for example 3, or "
+                "1 for a state normalised to [-1, 1]."
             )
         for field, choices in (
             ("image_position", ("before", "after")),
@@ -58,7 +80,7 @@ class TemplateText:
 
 @dataclass(frozen=True)
 class UserText:
-    """Where the instruction goes.
+    """Where the instruction goes, and the state's text behind it.
 
     Args:
         before, after: text of the template beside it, without special tokens. It is encoded together with the

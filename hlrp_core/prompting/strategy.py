@@ -4,9 +4,9 @@ A strategy only says which pieces a prompt is made of. Turning pieces into ids i
 exists twice: from the tokenizer alone (fast: every piece is encoded once and kept) and from the processor's own
 output (one call for the batch). `check_length_sources` holds the two equal at setup.
 
-The user's words are encoded with special tokens off, so that an instruction that contains `<|im_start|>` or `<ACT_3>`
-stays plain text; and together with the template's text around them, up to its next special token, so that the ids are
-those of the prompt encoded as a whole.
+The user's words, and the state's text behind them where that is asked for, are encoded with special tokens off, so that
+an instruction that contains `<|im_start|>` or `<ACT_3>` stays plain text; and together with the template's text around
+them, up to its next special token, so that the ids are those of the prompt encoded as a whole.
 
 Shape legend: B batch, N images for each sample, L tokens, P position axes.
 """
@@ -25,6 +25,7 @@ from torch import Tensor
 from hlrp_core.backbones.model_core import EncodedPrompt, ImageInputs, ModelCore, TokenBatch
 from hlrp_core.codes.token_scheme import encode_literal, encode_plain
 from hlrp_core.prompting.prompt import ImageSlot, PaddingSide, Piece, PromptConfig, TemplateText, UserText
+from hlrp_core.prompting.state_text import write_states
 
 CACHED_PROMPTS = 4096
 
@@ -65,18 +66,28 @@ class PromptingStrategy(abc.ABC):
         return [token.content for token in added if token.special]
 
     def encode(
-        self, images: Sequence[Tensor], instructions: Sequence[str], *, padding_side: PaddingSide
+        self,
+        images: Sequence[Tensor],
+        instructions: Sequence[str],
+        *,
+        padding_side: PaddingSide,
+        state: Tensor | None = None,
     ) -> PromptInputs:
         """Prompts of a batch.
 
         Args:
             images: for each of the N views a batch `[B, H, W, 3]` uint8.
             instructions: B of them.
+            state: `[B, D]`, normalised; read with `config.state_text` alone.
+
+        Raises:
+            ValueError: a prompt is too long, or has no state to write.
         """
+        words = self._words(instructions, state)
         if self.config.length_from == "processor":
-            prompts, image_inputs = self._encode_with_processor(images, instructions)
+            prompts, image_inputs = self._encode_with_processor(images, words)
         else:
-            prompts, image_inputs = self._encode_with_tokenizer(images, instructions)
+            prompts, image_inputs = self._encode_with_tokenizer(images, words)
         pad_id = self.core.tokenizer.pad_token_id
         tokens = TokenBatch.pad(prompts, pad_id=pad_id, side=padding_side, device=self.core.device)  # type: ignore[arg-type]
         return PromptInputs(tokens, image_inputs)
@@ -84,18 +95,18 @@ class PromptingStrategy(abc.ABC):
     # -- the fast way: the tokenizer alone ------------------------------------------------------------------------
 
     def _encode_with_tokenizer(
-        self, images: Sequence[Tensor], instructions: Sequence[str]
+        self, images: Sequence[Tensor], words: Sequence[str]
     ) -> tuple[list[EncodedPrompt], ImageInputs]:
         num_views = len(images)
         inputs = self.core.process_images(interleave_views(images).to(self.core.device))
         prompts = []
-        for row, text in enumerate(instructions):
+        for row, text in enumerate(words):
             layouts = tuple(inputs.layouts[row * num_views : (row + 1) * num_views])
             prompts.append(self._prompt(text, layouts))
         return prompts, inputs
 
-    def _prompt(self, instruction: str, layouts: tuple[tuple[int, ...], ...]) -> EncodedPrompt:
-        key = (instruction, layouts)
+    def _prompt(self, words: str, layouts: tuple[tuple[int, ...], ...]) -> EncodedPrompt:
+        key = (words, layouts)
         if key in self._prompts:
             self._prompts.move_to_end(key)
             return self._prompts[key]
@@ -106,7 +117,7 @@ class PromptingStrategy(abc.ABC):
                 case TemplateText(text):
                     ids += encode_literal(self.core.tokenizer, text)
                 case UserText():
-                    ids += self._user_ids(piece, instruction)
+                    ids += self._user_ids(piece, words)
                 case ImageSlot():
                     ids += self.core.image_ids(next(remaining))
         prompt = self._with_positions(torch.tensor(ids), list(layouts))
@@ -118,19 +129,19 @@ class PromptingStrategy(abc.ABC):
     # -- the processor's way --------------------------------------------------------------------------------------
 
     def _encode_with_processor(
-        self, images: Sequence[Tensor], instructions: Sequence[str]
+        self, images: Sequence[Tensor], words: Sequence[str]
     ) -> tuple[list[EncodedPrompt], ImageInputs]:
-        num_views, size = len(images), len(instructions)
+        num_views, size = len(images), len(words)
         pieces = self.pieces(num_views)
         # The processor would read special tokens in the user's words, so it gets a stand-in that is spliced out.
         stand_in, stand_in_id = self._stand_in(pieces)
         place = next(piece for piece in pieces if isinstance(piece, UserText))
-        words = {
+        texts = {
             TemplateText: lambda p: p.text,
             UserText: lambda _: stand_in,
             ImageSlot: lambda _: self.core.image_token,
         }
-        text = "".join(words[type(piece)](piece) for piece in pieces)
+        text = "".join(texts[type(piece)](piece) for piece in pieces)
         flat = interleave_views(images).to(self.core.device)
         output = self.core.processor(  # type: ignore[operator]
             text=[text] * size,
@@ -140,10 +151,10 @@ class PromptingStrategy(abc.ABC):
         )
         inputs = self.core.image_inputs_from_processor(output)
         prompts = []
-        for row, instruction in enumerate(instructions):
+        for row, said_in_row in enumerate(words):
             ids = output["input_ids"][row][output["attention_mask"][row].bool()].cpu()
             at = int((ids == stand_in_id).nonzero()[0])
-            said = torch.tensor(self._user_ids(place, instruction), dtype=torch.long)
+            said = torch.tensor(self._user_ids(place, said_in_row), dtype=torch.long)
             ids = torch.cat([ids[:at], said, ids[at + 1 :]])
             prompts.append(self._with_positions(ids, inputs.layouts[row * num_views : (row + 1) * num_views]))
         return prompts, inputs
@@ -161,10 +172,16 @@ class PromptingStrategy(abc.ABC):
 
     # -- shared by both -------------------------------------------------------------------------------------------
 
-    def _user_ids(self, piece: UserText, instruction: str) -> list[int]:
-        words = ""
-        if self.config.use_instruction:
-            words = self.config.instruction_template.replace("{instruction}", instruction)
+    def _words(self, instructions: Sequence[str], state: Tensor | None) -> list[str]:
+        """What stands in the user's place in each prompt: the instruction and, where asked for, the state."""
+        template = self.config.instruction_template if self.config.use_instruction else ""
+        words = [template.replace("{instruction}", instruction) for instruction in instructions]
+        if not self.config.state_text:
+            return words
+        states = write_states(state, self.config)
+        return ["\n".join(filter(None, pair)) for pair in zip(words, states, strict=True)]
+
+    def _user_ids(self, piece: UserText, words: str) -> list[int]:
         text = piece.before + words + piece.after
         return encode_plain(self.core.tokenizer, text) if text else []
 
@@ -178,7 +195,9 @@ class PromptingStrategy(abc.ABC):
         Raises:
             ValueError: they differ, so that one of the two would mask the prompt wrongly.
         """
-        probes = ["", "reach the red disc", "push the green block to the blue corner, slowly"]
+        instructions = ["", "reach the red disc", "push the green block to the blue corner, slowly"]
+        state = torch.tensor([[0.0, 0.0], [-9.0, 9.0], [0.3, -0.7]])
+        probes = self._words(instructions, state)
         size = len(probes)
         images = [torch.zeros(size, 64, 64, 3, dtype=torch.uint8, device=self.core.device)] * num_images
         by_tokenizer, _ = self._encode_with_tokenizer(images, probes)

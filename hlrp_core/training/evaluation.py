@@ -162,7 +162,8 @@ def select(batch: FoundationBatch, mask: Tensor) -> FoundationBatch:
     instructions = [batch.instructions[row] for row in rows]
     if isinstance(batch, ActionBatch):
         views = {name: view[rows] for name, view in batch.views.items()}
-        return ActionBatch(frames, instructions, codes, views=views)
+        state = None if batch.state is None else batch.state[rows]  # a prompt may show it
+        return ActionBatch(frames, instructions, codes, state=state, views=views)
     return FoundationBatch(frames, instructions, codes)
 
 

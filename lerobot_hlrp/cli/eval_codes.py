@@ -61,7 +61,7 @@ def evaluate(command: EvalCodesCommand) -> dict[str, Any]:
     from hlrp_core.training import evaluate_codes
     from lerobot_hlrp.expectation import expect
     from lerobot_hlrp.foundation_batches import FoundationBatches, count_training_codes, load_datasets, spread
-    from lerobot_hlrp.policy_types import load_code_policy
+    from lerobot_hlrp.policy_types import load_code_policy, load_preprocessor
 
     expect(
         command.codes is not None or command.laq is not None,
@@ -70,7 +70,7 @@ def evaluate(command: EvalCodesCommand) -> dict[str, Any]:
         "none",
         "Name the labels that the policy learned from, on these episodes.",
     )
-    policy, _ = load_code_policy(
+    policy, meta = load_code_policy(
         command.policy.path,
         command.dataset,
         device=command.policy.device,
@@ -86,6 +86,7 @@ def evaluate(command: EvalCodesCommand) -> dict[str, Any]:
         "batch_size": command.batch_size,
         "num_workers": command.num_workers,
         "device": device,
+        "preprocess": load_preprocessor(command.policy.path, policy, meta) if config.reads_state else None,
     }
     counts = None
     if held_out is not None:

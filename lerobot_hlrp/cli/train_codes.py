@@ -95,7 +95,9 @@ def train(command: TrainCodesCommand) -> int:
         **{name: getattr(command, name) for name in _POLICY_SETTINGS},
     )
     training_data, held_out = load_datasets(command.dataset, policy.config)
+    processors = make_pre_post_processors(policy.config, dataset_stats=meta.stats)
     loading: dict[str, Any] = {"num_workers": command.num_workers, "device": accelerator.device}
+    loading["preprocess"] = processors[0] if policy.config.reads_state else None
     batches = FoundationBatches(
         training_data,
         policy.reader,
@@ -110,7 +112,6 @@ def train(command: TrainCodesCommand) -> int:
         eval_batches.items = spread(eval_batches.items, command.max_eval_samples)
     if accelerator.is_main_process:
         print(_describe(policy, batches, training_data, eval_batches))
-    processors = make_pre_post_processors(policy.config, dataset_stats=meta.stats)
 
     def save_model(folder: Path) -> None:
         policy.save_pretrained(folder)
