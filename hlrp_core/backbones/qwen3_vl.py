@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, ProcessorMixin
 
-from hlrp_core.backbones.model_core import ImageInputs, ModelCore, TokenBatch
+from hlrp_core.backbones.model_core import ModelCore
 from hlrp_core.backbones.qwen3_vl_vision import optimize_vision_tower
+from hlrp_core.backbones.token_batch import ImageInputs, TokenBatch
 
 
 class Qwen3VLCore(ModelCore):

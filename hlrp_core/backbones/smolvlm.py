@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, ProcessorMixin, SmolVLMImageProcessor
 from transformers.image_utils import PILImageResampling
 
-from hlrp_core.backbones.model_core import ImageInputs, ModelCore, TokenBatch
+from hlrp_core.backbones.model_core import ModelCore
+from hlrp_core.backbones.token_batch import ImageInputs, TokenBatch
 
 # What the processor writes for an image: its tiles, where there are several, and last the whole image.
 _TILE_MARK = re.compile(r"<row_(\d+)_col_(\d+)>|<global-img>")

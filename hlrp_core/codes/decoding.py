@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hlrp_core.backbones.model_core import ModelCore, TokenBatch
+from hlrp_core.backbones.model_core import ModelCore
+from hlrp_core.backbones.token_batch import TokenBatch
 from hlrp_core.codes.token_scheme import CodeVocabulary
 from hlrp_core.contract import LatentOutput, SamplingOptions
 from hlrp_core.prompting.strategy import PromptInputs

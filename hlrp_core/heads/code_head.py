@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from hlrp_core.backbones.model_core import ModelCore, TokenBatch
+from hlrp_core.backbones.model_core import ModelCore
+from hlrp_core.backbones.token_batch import TokenBatch
 from hlrp_core.contract import LatentOutput, SamplingOptions
 from hlrp_core.heads.action_head import PrefixEncoding
 from hlrp_core.prompting.strategy import PromptInputs

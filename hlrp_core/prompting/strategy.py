@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hlrp_core.backbones.model_core import EncodedPrompt, ImageInputs, ModelCore, TokenBatch
+from hlrp_core.backbones.model_core import ModelCore
+from hlrp_core.backbones.token_batch import EncodedPrompt, ImageInputs, TokenBatch
 from hlrp_core.codes.token_scheme import encode_literal, encode_plain
 from hlrp_core.prompting.prompt import ImageSlot, PaddingSide, Piece, PromptConfig, TemplateText, UserText
 from hlrp_core.prompting.state_text import write_states

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hlrp_core.backbones.model_core import EncodedPrompt, TokenBatch
+from hlrp_core.backbones.token_batch import EncodedPrompt, TokenBatch
 
 LAYOUTS = {
     "one": [[(1, 8, 8)]],

@@ -12,9 +12,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, SmolVLMForC
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
 
 from hlrp_core.backbones.loading import load_core
-from hlrp_core.backbones.model_core import EncodedPrompt, TokenBatch
 from hlrp_core.backbones.random_checkpoint import write_random_checkpoint
 from hlrp_core.backbones.smolvlm import SmolVLMCore, _patch_positions
+from hlrp_core.backbones.token_batch import EncodedPrompt, TokenBatch
 from hlrp_core.backends.fake_batch import fake_batch
 from hlrp_core.bundle import load_backend, save_pretrained
 from hlrp_core.contract import BackendMode, FoundationBatch
