@@ -28,6 +28,7 @@ FLAT = {
     "image_size": 64,
     "image_splitting": True,
     "code_objective": "restricted",
+    "train_vocabulary": "code_rows",
     "latent_pooling": "query",
     "code_source": "teacher",
     "codes_loss_weight": 0.5,
