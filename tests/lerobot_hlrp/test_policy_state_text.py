@@ -97,6 +97,21 @@ def test_it_travels_from_codes_to_actions(
         policy.predict_action_chunk(batch)
 
 
+def test_stage_three_can_begin_with_it(
+    lerobot_train, tiny_qwen, tiny_videos, tiny_dataset, code_table, make_lerobot_batch, tmp_path
+):
+    """Stage 2 on video that has no state; from there the prompt shows that of the robot's data."""
+    flags = ["--policy.type=hlrp_qwen", f"--policy.backbone={tiny_qwen}", f"--policy.codes={code_table(tiny_videos)}"]
+    stage_two = lerobot_train(*flags, root=tiny_videos, output=tmp_path / "codes", steps=1)
+    flags = [f"--policy.path={stage_two}", "--policy.mode=actions", "--policy.prompt.state_text=true", *SMALL_HEAD]
+    stage_three = lerobot_train(*flags, root=tiny_dataset, output=tmp_path / "actions", steps=1)
+    policy, batch = HLRPQwenPolicy.from_pretrained(stage_three), make_lerobot_batch()
+    for text, state in zip(
+        prompts(policy, policy.reader.read_observation(batch)), batch["observation.state"], strict=True
+    ):
+        assert expected_text(state) in text
+
+
 def test_the_commands_of_stage_two_normalise_it(tiny_qwen, tiny_dataset, code_table, tmp_path, monkeypatch):
     """hlrp-train-codes and hlrp-eval-codes show the model what lerobot-train and lerobot-eval will."""
     monkeypatch.setenv("HLRP_DEBUG", "1")

@@ -20,6 +20,7 @@ from hlrp_core.bundle import WEIGHTS, build_saved_backend, load_backend, load_te
 from hlrp_core.codes.decoding import make_decoder
 from hlrp_core.contract import BackendMode
 from hlrp_core.registry import available_backends
+from hlrp_core.training.code_training import _Objective
 
 CODES = BackendMode.CODES
 FAMILIES = {"qwen_chat": True, "smol_plain": False}  # whether the tables of the tiny checkpoint are tied
@@ -158,6 +159,21 @@ def test_under_autocast(build):
     gradients = [rows.core.code_rows.embedding.grad, tables(whole)[0].grad[whole.code_head.vocabulary.ids]]
     assert gradients[0].dtype == torch.float32
     torch.testing.assert_close(*gradients, rtol=0.02, atol=0.02 * float(gradients[1].abs().max()))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_on_several_devices_every_parameter_gets_its_gradient(name, build, tmp_path):
+    """DistributedDataParallel as hlrp-train-codes uses it: a second step fails if the first left one out."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        objective = _Objective(build(name).train())
+        wrapped = torch.nn.parallel.DistributedDataParallel(objective)
+        for _ in range(2):
+            wrapped(fake_batch(objective.backend)).loss.backward()
+        assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_copy_is_a_model_of_its_own(build):
