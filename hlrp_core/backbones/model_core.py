@@ -137,7 +137,9 @@ class ModelCore(nn.Module, abc.ABC):
 
         Nothing but speed depends on it.
         """
-        with one_gradient(self.model.get_input_embeddings(), self.lm_head) as self._shared_projection:  # type: ignore[arg-type]
+        with one_gradient(self.model.get_input_embeddings(), self.lm_head) as weight:  # type: ignore[arg-type]
+            # the parameter itself, where nothing is shared, would become one of this module's own by the assignment
+            self._shared_projection = None if weight is self.lm_head.weight else weight
             try:
                 yield
             finally:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hlrp_core.backbones.tied_table import one_gradient
+from hlrp_core.backends.fake_batch import fake_batch
+from hlrp_core.contract import BackendMode
 
 IDS = torch.tensor([[3, 3, 7, 0], [0, 9, 3, 1]])  # repeated ones, and padding
 LABELS = torch.tensor([5, 3])
@@ -74,3 +76,16 @@ def test_tables_that_are_apart_frozen_or_not_learning_stay_as_they_are(tables):
     embedding.weight.requires_grad_(False)
     with one_gradient(embedding, projection) as weight:
         assert weight is projection.weight
+
+
+@pytest.mark.parametrize("name", ["qwen_chat", "smol_plain"])
+def test_a_loss_without_gradient_leaves_the_backend_as_it_was(name, make_tiny_backend):
+    """As an evaluation between two training steps does."""
+    backend = make_tiny_backend(name)
+    names = [key for key, _ in backend.named_parameters()]
+    for is_training in (False, True, False, True):
+        with torch.set_grad_enabled(is_training):
+            loss = backend.loss_from_batch(fake_batch(backend), mode=BackendMode.CODES).loss
+        assert loss.requires_grad == is_training
+        assert [key for key, _ in backend.named_parameters()] == names
+        assert "_shared_projection" not in backend.core._parameters
