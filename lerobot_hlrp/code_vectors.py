@@ -38,6 +38,7 @@ def read_code_vectors(config: HLRPConfig) -> Tensor | None:
     assert name is not None
     from hlrp_core.laq.quantizer import LatentActionQuantizer
 
-    source = OnlineLabels(LatentActionQuantizer.from_pretrained(name), name, config.camera or "")
+    laq = LatentActionQuantizer.from_pretrained(name)
+    source = OnlineLabels(laq, name, config.camera or "", frame_gap=config.frame_gap)
     adopt_facts(config, source)
     return source.laq.code_vector_table()

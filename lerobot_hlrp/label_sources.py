@@ -9,6 +9,7 @@ Shape legend: B batch, T frames in time, S code positions.
 from __future__ import annotations
 
 import json
+import logging
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +20,7 @@ from torch import Tensor
 from lerobot_hlrp.batch import Batch
 from lerobot_hlrp.expectation import expect
 from lerobot_hlrp.fingerprint import dataset_fingerprint
+from lerobot_hlrp.frame_gap import is_same_time
 
 if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDatasetMetadata
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from hlrp_core.laq.code_table import CodeTable
     from hlrp_core.laq.quantizer import LatentActionQuantizer
     from lerobot_hlrp.policy_config import HLRPConfig
+
+
+logger = logging.getLogger(__name__)
 
 
 class LabelSource(Protocol):
@@ -99,16 +104,23 @@ class OnlineLabels:
     """Labels of a frozen LAQ on the frames of the batch.
 
     It is no part of the policy's modules: its weights are neither trained nor saved with the policy.
+
+    Args:
+        frame_gap: between the frames that it is given, where they are another number of frames apart than those it was
+            trained on, as in a dataset with another frame rate.
     """
 
-    def __init__(self, laq: LatentActionQuantizer, name: str, camera: str):
+    def __init__(self, laq: LatentActionQuantizer, name: str, camera: str, *, frame_gap: int | None = None):
         self.laq = laq.eval().requires_grad_(False)
         self.camera = camera
         self.title = f"LAQ {name}"
         self.laq_id = Path(name).name if Path(name).is_dir() else name
-        self.facts = _facts(laq, laq.weights_hash())
+        frame_gap = frame_gap or laq.frame_gap
+        self.facts = {**_facts(laq, laq.weights_hash()), "frame_gap": frame_gap}
         self.num_frames = laq.config.num_frames
-        self.span = laq.frame_gap * (self.num_frames - 1)
+        self.span = frame_gap * (self.num_frames - 1)
+        if frame_gap != laq.frame_gap:
+            logger.info("%s labels frames %d apart; it was trained on %d", self.title, frame_gap, laq.frame_gap)
 
     def check_dataset(self, config: HLRPConfig, meta: LeRobotDatasetMetadata) -> None:
         """A LAQ labels any dataset."""
@@ -146,7 +158,7 @@ def open_label_source(config: HLRPConfig, meta: LeRobotDatasetMetadata | None) -
     source = _open(config)
     if source is None:
         return None
-    adopt_facts(config, source)
+    adopt_facts(config, source, fps=None if meta is None else meta.fps)
     config.label_span = source.span
     if meta is not None:
         longest = max(meta.episodes["length"])
@@ -161,13 +173,20 @@ def open_label_source(config: HLRPConfig, meta: LeRobotDatasetMetadata | None) -
     return source
 
 
-def adopt_facts(config: HLRPConfig, source: LabelSource) -> None:
+def adopt_facts(config: HLRPConfig, source: LabelSource, *, fps: float | None = None) -> None:
     """Write what the source fixes into the config where it left that open.
+
+    Args:
+        fps: frames per second of the dataset that is labelled. With it, and a checkpoint that knows its own, frame gaps
+            are compared in seconds.
 
     Raises:
         ValueError: the config has it otherwise; both sides are named.
     """
-    for name, value in source.facts.items():
+    open_facts = dict(source.facts)
+    if fps is not None and config.frame_gap is not None and config.frame_gap_s is not None:
+        _check_frame_gap(config.frame_gap_s, open_facts.pop("frame_gap"), source, fps)
+    for name, value in open_facts.items():
         wanted = getattr(config, name)
         forget = f", or give the old codes up with --policy.{name}=null" if name in _FORGETTABLE else ""
         expect(
@@ -179,6 +198,23 @@ def adopt_facts(config: HLRPConfig, source: LabelSource) -> None:
         )
     for name, value in {**source.facts, "laq_id": source.laq_id}.items():
         setattr(config, name, value)
+    if fps is not None:
+        config.frame_gap_s = source.facts["frame_gap"] / fps
+
+
+def _check_frame_gap(wanted_s: float, frame_gap: int, source: LabelSource, fps: float) -> None:
+    """Raises:
+    ValueError: the labels' frames lie another time apart than the checkpoint's did.
+    """
+    flag = "--policy.frame_gap" if isinstance(source, OnlineLabels) else "hlrp-label --frame_gap_s"
+    fitting = max(1, round(wanted_s * fps)) if isinstance(source, OnlineLabels) else f"{wanted_s:.6g}"
+    expect(
+        is_same_time(wanted_s, frame_gap / fps),
+        "frame_gap",
+        f"frames {wanted_s:.6g} s apart, as the policy's checkpoint has it",
+        f"{frame_gap} frames at {fps:g} per second, which are {frame_gap / fps:.6g} s, from {source.title}",
+        f"Use labels that fit ({flag}={fitting}), or give the old codes up with --policy.frame_gap=null.",
+    )
 
 
 def _open(config: HLRPConfig) -> LabelSource | None:
@@ -190,12 +226,16 @@ def _open(config: HLRPConfig) -> LabelSource | None:
         from hlrp_core.laq.quantizer import LatentActionQuantizer
 
         assert config.camera is not None  # settled by validate_features
-        return OnlineLabels(LatentActionQuantizer.from_pretrained(config.laq), config.laq, config.camera)
+        laq = LatentActionQuantizer.from_pretrained(config.laq)
+        return OnlineLabels(laq, config.laq, config.camera, frame_gap=config.frame_gap)
     return None
 
 
-def read_frame_offsets(laq: str) -> list[int]:
+def read_frame_offsets(laq: str, frame_gap: int | None = None) -> list[int]:
     """Where a LAQ wants its frames, relative to t. From its settings alone: LeRobot asks before the policy is built.
+
+    Args:
+        frame_gap: by default the one that it was trained with.
 
     Raises:
         ValueError: no LAQ there.
@@ -211,7 +251,7 @@ def read_frame_offsets(laq: str) -> list[int]:
         "Give the folder that hlrp-laq-train wrote.",
     )
     settings = LAQConfig(**json.loads(path.read_text(encoding="utf-8")))
-    return [settings.frame_gap * step for step in range(settings.num_frames)]
+    return [(frame_gap or settings.frame_gap) * step for step in range(settings.num_frames)]
 
 
 @lru_cache(maxsize=8)  # LeRobot asks once for every feature

@@ -66,6 +66,7 @@ def label_dataset(
     camera: str,
     laq_id: str,
     output: Path,
+    frame_gap: int | None = None,
     batch_size: int = 64,
     save_interval_s: float = 10.0,
 ) -> CodeTable | None:
@@ -73,6 +74,7 @@ def label_dataset(
 
     Args:
         laq_id: name of the LAQ, for the table's header.
+        frame_gap: Δ in frames of this dataset; by default the LAQ's.
         save_interval_s: between two saves of the partial table: what a kill can cost, however long episodes are.
 
     Returns:
@@ -83,13 +85,14 @@ def label_dataset(
     """
     meta = dataset.meta
     source = EpisodeFrames(dataset, camera)
-    tuple_starts(source.lengths, frame_gap=laq.frame_gap, num_frames=laq.config.num_frames)  # fails on too large a gap
+    frame_gap = frame_gap or laq.frame_gap
+    tuple_starts(source.lengths, frame_gap=frame_gap, num_frames=laq.config.num_frames)  # fails on too large a gap
     fingerprint, laq_hash = dataset_fingerprint(meta), laq.weights_hash()
-    identity = hashlib.sha256(f"{fingerprint}{laq_hash}{camera}".encode()).hexdigest()
+    identity = hashlib.sha256(f"{fingerprint}{laq_hash}{camera}{frame_gap}".encode()).hexdigest()
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = PartialTable(output, identity, (meta.total_frames, laq.code_seq_len))
     episodes = range(partial.num_episodes, len(source))
-    encoder = BatchedEncoder(laq, partial, batch_size)
+    encoder = BatchedEncoder(laq, partial, frame_gap=frame_gap, batch_size=batch_size)
     saved_at = time.monotonic()
     with StopRequest() as stop, tqdm(episodes, unit="episode", desc="Labelling") as progress:
         for episode in progress:
@@ -107,7 +110,7 @@ def label_dataset(
         dataset_id=dataset.repo_id,
         dataset_fingerprint=fingerprint,
         camera=camera,
-        frame_gap=laq.frame_gap,
+        frame_gap=frame_gap,
         num_frames=laq.config.num_frames,
         code_seq_len=laq.code_seq_len,
         codebook_size=laq.codebook_size,
@@ -125,12 +128,14 @@ class BatchedEncoder:
 
     Args:
         table: receives the codes.
+        frame_gap: Δ in frames.
         batch_size: tuples at once.
     """
 
-    def __init__(self, laq: LatentActionQuantizer, table: PartialTable, batch_size: int):
+    def __init__(self, laq: LatentActionQuantizer, table: PartialTable, *, frame_gap: int, batch_size: int):
         self.laq = laq
         self.table = table
+        self.frame_gap = frame_gap
         self.batch_size = batch_size
         self._tuples: list[np.ndarray] = []  # each [m, T, H, W, 3]
         self._rows: list[np.ndarray] = []
@@ -138,7 +143,7 @@ class BatchedEncoder:
 
     def add(self, frames: np.ndarray, *, first_row: int) -> None:
         """Take the tuples of an episode `[n, H, W, 3]` whose first frame has this row in the table."""
-        gap, num_frames = self.laq.frame_gap, self.laq.config.num_frames
+        gap, num_frames = self.frame_gap, self.laq.config.num_frames
         starts = np.arange(max(len(frames) - gap * (num_frames - 1), 0))
         for chunk in np.array_split(starts, max(1, -(-len(starts) // self.batch_size))):
             self._tuples.append(frames[chunk[:, None] + gap * np.arange(num_frames)])

@@ -108,8 +108,11 @@ class HLRPConfig(PreTrainedConfig):
     camera: str | None = None
     # Further cameras that the policy sees at time t, in every mode, such as `[wrist,side]`.
     extra_cameras: list[str] | str = field(default_factory=list)
-    # Dataset frames between the two frames of a pair. By default as in the table or the LAQ.
+    # Dataset frames between the two frames of a pair. By default as in the table or the LAQ. A LAQ that labels online
+    # can be given another gap than its own, for a dataset with another frame rate.
     frame_gap: int | None = None
+    # Recorded: the same in seconds, which a later run's labels are compared with, whatever its dataset's frame rate.
+    frame_gap_s: float | None = None
     # Recorded: dataset frames from the first to the last that a label is made from; more than the gap with T > 2.
     label_span: int | None = None
 
@@ -268,7 +271,7 @@ class HLRPConfig(PreTrainedConfig):
             return None  # the same frames as [0], decoded once instead of twice
         from lerobot_hlrp.label_sources import read_frame_offsets
 
-        return read_frame_offsets(self.laq)
+        return read_frame_offsets(self.laq, self.frame_gap)
 
     @property
     def action_delta_indices(self) -> list[int] | None:

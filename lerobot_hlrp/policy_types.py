@@ -11,6 +11,7 @@ from hlrp_core.bundle import MANIFEST, config_from_dict, load_backend, read_mani
 from hlrp_core.registry import get_recipe
 from lerobot_hlrp.checkpoint import fetch_folder
 from lerobot_hlrp.expectation import expect
+from lerobot_hlrp.frame_gap import frames_apart
 
 if TYPE_CHECKING:
     from lerobot.configs.default import DatasetConfig
@@ -98,6 +99,8 @@ def load_code_policy(
         config.pretrained_path, config.mode = folder, "codes"
         for name, value in settings.items():
             setattr(config, name, value)
+        if config.laq is not None and config.frame_gap_s is not None:  # labels online, as far apart as in training
+            config.frame_gap = frames_apart(config.frame_gap_s, meta.fps, dataset.repo_id)
         config.device = device or config.device
         config.__post_init__()
         return make_policy(config, ds_meta=meta), meta  # type: ignore[return-value]

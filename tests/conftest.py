@@ -31,6 +31,7 @@ def write_dataset(
     state_dim: int = 3,
     action_dim: int = 2,
     seed: int = 0,
+    fps: int = 10,
 ) -> Path:
     """A LeRobotDataset of four short episodes and two tasks. Actions and states grow with the episode's number.
 
@@ -44,7 +45,7 @@ def write_dataset(
     features: dict = dict.fromkeys(cameras, image)
     vectors = {name: dim for name, dim in (("observation.state", state_dim), ("action", action_dim)) if dim}
     features |= {name: {"dtype": "float32", "shape": (dim,), "names": None} for name, dim in vectors.items()}
-    dataset = LeRobotDataset.create("test/tiny", fps=10, features=features, root=root, use_videos=False)
+    dataset = LeRobotDataset.create("test/tiny", fps=fps, features=features, root=root, use_videos=False)
     rng = np.random.default_rng(seed)
     for episode, length in enumerate(EPISODE_LENGTHS):
         for _ in range(length):

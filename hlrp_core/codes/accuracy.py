@@ -5,6 +5,8 @@ Shape legend: B batch, S code positions, K codebook size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,24 @@ class CodeCounts:
         """Count codes `[B, S]`."""
         one = torch.ones(codes.T.shape, dtype=torch.long)
         self.counts.scatter_add_(1, codes.T.cpu(), one)
+
+    @classmethod
+    def total(cls, counts: Sequence[CodeCounts], codebook_size: int, code_seq_len: int) -> CodeCounts:
+        """Of several counts together."""
+        together = cls(codebook_size, code_seq_len)
+        for one in counts:
+            together.counts += one.counts
+        return together
+
+    def state(self) -> list[list[int]]:
+        """JSON, for `from_state`."""
+        return self.counts.tolist()
+
+    @classmethod
+    def from_state(cls, state: list[list[int]]) -> CodeCounts:
+        counts = cls(codebook_size=len(state[0]), code_seq_len=len(state))
+        counts.counts = torch.tensor(state)
+        return counts
 
     @property
     def most_frequent(self) -> Tensor:

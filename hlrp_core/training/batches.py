@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from hlrp_core.contract import FoundationBatch
 
@@ -18,6 +18,23 @@ class SeekableBatches(Protocol):
 
     def read_from(self, epoch: int, start: int) -> Iterator[FoundationBatch]:
         """Pass `epoch` over the data, without its first `start` batches."""
+        ...
+
+
+class Stream(Protocol):
+    """What a training loop reads: the samples of one step after another, without end."""
+
+    @property
+    def epoch(self) -> int:
+        """Whole passes over all of the data."""
+        ...
+
+    def next_parts(self) -> list[tuple[str, FoundationBatch]]:
+        """The samples of the next step, as batches with the name of the source that each is from."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """JSON from which a stream over the same data goes on."""
         ...
 
 
@@ -58,3 +75,10 @@ class BatchStream:
             )
         self.position += 1
         return batch
+
+    def next_parts(self) -> list[tuple[str, FoundationBatch]]:
+        """See `Stream`; one source needs no name."""
+        return [("", self.next())]
+
+    def state(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self.position}

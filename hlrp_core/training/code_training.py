@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +26,7 @@ from tqdm import tqdm
 
 from hlrp_core.backends.composed import ComposedBackend
 from hlrp_core.bundle import WEIGHTS, load_tensors, save_pretrained
-from hlrp_core.codes.accuracy import CodeCounts
-from hlrp_core.contract import BackendMode, FoundationBatch, LossOutput
+from hlrp_core.contract import FoundationBatch, LossOutput
 from hlrp_core.run_folder import (
     RunFolder,
     StopRequest,
@@ -40,12 +39,15 @@ from hlrp_core.run_folder import (
     save_random_state,
     write_json,
 )
-from hlrp_core.training.batches import BatchStream
 from hlrp_core.training.config import DISPLAY_SETTINGS, PRECISIONS, CodeTrainingConfig, is_due, learning_rate
-from hlrp_core.training.evaluation import CodeEvaluation, evaluate_codes
+from hlrp_core.training.evaluation import CodeEvaluation, evaluate_codes, evaluate_sources
+from hlrp_core.training.measures import Drawn, Window, shorten
+from hlrp_core.training.mixing import MixedBatches, MixedStream, open_stream
+from hlrp_core.training.objective import CodeObjective
+from hlrp_core.training.rows import merge_batches
 
 if TYPE_CHECKING:
-    from hlrp_core.training.batches import SeekableBatches
+    from hlrp_core.training.batches import SeekableBatches, Stream
 
 MODEL = "pretrained_model"
 STATE = "training_state"
@@ -60,21 +62,25 @@ class CodeTrainingResult:
     step: how far the run has come.
     is_finished: False where it was interrupted.
     evaluation: the last one; None without held-out data or before the first.
+    by_source: the same for each source that has held-out data of its own.
+    drawn: samples that were trained on, whole passes, and with several sources the share, of each.
     """
 
     folder: Path
     step: int
     is_finished: bool
     evaluation: CodeEvaluation | None
+    by_source: dict[str, CodeEvaluation]
+    drawn: dict[str, dict[str, Any]]
 
 
 def train_codes(
     backend: ComposedBackend,
-    batches: Iterable[FoundationBatch] | SeekableBatches,
+    batches: Iterable[FoundationBatch] | SeekableBatches | MixedBatches,
     config: CodeTrainingConfig,
     *,
     output_dir: str | Path,
-    eval_batches: Iterable[FoundationBatch] | None = None,
+    eval_batches: Iterable[FoundationBatch] | Mapping[str, Iterable[FoundationBatch]] | None = None,
     settings: dict[str, Any] | None = None,
     save_model: Callable[[Path], Any] | None = None,
     accelerator: Accelerator | None = None,
@@ -83,10 +89,12 @@ def train_codes(
 
     Args:
         backend: predicts codes; trained in place.
-        batches: labelled ones, in this process's share of the data; read again from the start where they end.
+        batches: labelled ones, in this process's share of the data; read again from the start where they end. A
+            `MixedBatches` draws from several sources.
         config: settings of the run.
         output_dir: the run's folder.
-        eval_batches: labelled ones that are not trained on, for all processes the same.
+        eval_batches: labelled ones that are not trained on, for all processes the same; or by the name of the source,
+            each evaluated by itself and all together.
         settings: further JSON that decides the result, such as the names of the data; equal in a continued run.
         save_model: writes the model into an existing, empty folder; by default as the core's bundle.
         accelerator: by default one of the config's precision.
@@ -121,17 +129,6 @@ def make_accelerator(config: CodeTrainingConfig, backend: nn.Module | None = Non
     )
 
 
-class _Objective(nn.Module):
-    """The loss as a forward: what accelerate wraps for several devices and for mixed precision."""
-
-    def __init__(self, backend: ComposedBackend):
-        super().__init__()
-        self.backend = backend
-
-    def forward(self, batch: FoundationBatch) -> LossOutput:
-        return self.backend.loss_from_batch(batch, mode=BackendMode.CODES)
-
-
 class _CodeTrainer:
     """One run. Arguments as in `train_codes`."""
 
@@ -142,14 +139,14 @@ class _CodeTrainer:
         *,
         run: RunFolder,
         accelerator: Accelerator,
-        eval_batches: Iterable[FoundationBatch] | None,
+        eval_batches: Iterable[FoundationBatch] | Mapping[str, Iterable[FoundationBatch]] | None,
         save_model: Callable[[Path], Any],
     ):
         self.backend = backend
         self.config = config
         self.run = run
         self.accelerator = accelerator
-        self.eval_batches = eval_batches
+        self.eval_batches: Any = eval_batches
         self.save_model = save_model
         set_seed(config.seed, device_specific=True)
         backend.setup(device=accelerator.device)
@@ -161,31 +158,32 @@ class _CodeTrainer:
             )
         optimizer = torch.optim.AdamW(parameters, betas=config.betas, weight_decay=config.weight_decay)
         self.parameters = parameters
-        self.objective, self.optimizer = accelerator.prepare(_Objective(backend), optimizer)
-        self.counts = CodeCounts(backend.codebook_size, backend.code_seq_len)
+        self.objective, self.optimizer = accelerator.prepare(CodeObjective(backend), optimizer)
+        self.drawn = Drawn(backend.codebook_size, backend.code_seq_len)
         self.evaluation: CodeEvaluation | None = None
+        self.by_source: dict[str, CodeEvaluation] = {}
         self.step = 0
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
-    def train(self, batches: Iterable[FoundationBatch] | SeekableBatches) -> CodeTrainingResult:
+    def train(self, batches: Iterable[FoundationBatch] | SeekableBatches | MixedBatches) -> CodeTrainingResult:
         config, is_main = self.config, self.accelerator.is_main_process
         stream = self._continue_or_start(batches)
         progress = tqdm(total=config.steps, initial=self.step, unit="step", desc="codes", disable=not is_main)
-        window = _Window()
+        window = Window()
         self.backend.train()
         with StopRequest() as stop, progress:
             while self.step < config.steps:
                 start = time.perf_counter()
-                batch = stream.next()
-                output, grad_norm = self._update(batch)
+                parts = stream.next_parts()
+                output, grad_norm = self._update(parts)
                 self.step += 1
-                window.add(output, grad_norm, batch.batch_size, time.perf_counter() - start)
+                num_samples = sum(batch.batch_size for _, batch in parts)
+                window.add(output, grad_norm, num_samples, time.perf_counter() - start)
                 progress.update()
                 if is_due(self.step, config.log_freq, config.steps):
-                    record = self._log(window, stream)
-                    progress.set_postfix(loss=f"{record['loss']:.3f}", accuracy=f"{record.get('code_accuracy', 0):.3f}")
-                    window = _Window()
+                    progress.set_postfix(shorten(self._log(window, stream)))
+                    window = Window()
                 if self.eval_batches is not None and is_due(self.step, config.eval_freq, config.steps):
                     self._evaluate(progress)
                 is_stopping = self._agree(stop.requested)
@@ -199,14 +197,21 @@ class _CodeTrainer:
                 f"Stopped after step {self.step} of {config.steps}, which is saved in {self.run.last}. "
                 "Run the same command again to continue."
             )
-        return CodeTrainingResult(self.run.last / MODEL, self.step, self.step == config.steps, self.evaluation)
+        return CodeTrainingResult(
+            self.run.last / MODEL,
+            step=self.step,
+            is_finished=self.step == config.steps,
+            evaluation=self.evaluation,
+            by_source=self.by_source,
+            drawn=self._drawn_record(stream),
+        )
 
-    def _update(self, batch: FoundationBatch) -> tuple[LossOutput, float]:
-        if batch.target_codes is not None and bool((mask := batch.codes_mask()).any()):
-            self.counts.add(batch.target_codes[mask.to(batch.target_codes.device)])
+    def _update(self, parts: list[tuple[str, FoundationBatch]]) -> tuple[LossOutput, float]:
+        for source, batch in parts:
+            self.drawn.add(source, batch)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
-        output = self.objective(batch)
+        output = self.objective(merge_batches([batch for _, batch in parts]))
         if not bool(torch.isfinite(output.loss)):
             raise ValueError(
                 f"loss at step {self.step + 1}: expected a finite number, got {output.loss.item()}. "
@@ -219,30 +224,44 @@ class _CodeTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         return output, float(grad_norm) if grad_norm is not None else 0.0
 
-    def _log(self, window: _Window, stream: BatchStream) -> dict[str, Any]:
+    def _log(self, window: Window, stream: Stream) -> dict[str, Any]:
         record = {
             "step": self.step,
             "epoch": stream.epoch,
             **window.means(),
-            "constant_accuracy": self.counts.constant_accuracy(),
+            "constant_accuracy": self.drawn.all_codes.constant_accuracy(),
             "lr": learning_rate(self.config, self.step - 1),
             "samples_per_s": window.num_samples * self.accelerator.num_processes / max(window.seconds, 1e-9),
         }
+        if isinstance(stream, MixedStream):
+            record["drawn"] = self._drawn_record(stream)
         if self.accelerator.is_main_process:
             self.run.log(record)
         return record
 
+    def _drawn_record(self, stream: Stream) -> dict[str, dict[str, Any]]:
+        epochs = stream.epochs if isinstance(stream, MixedStream) else {"": stream.epoch}
+        return self.drawn.record(epochs, num_processes=self.accelerator.num_processes)
+
     def _evaluate(self, progress: tqdm) -> None:
         assert self.eval_batches is not None
-        self.evaluation = evaluate_codes(
-            self.backend, self.eval_batches, training_counts=self.counts, precision=self.accelerator.autocast()
-        )
-        if self.accelerator.is_main_process:
-            self.run.log({"step": self.step, "evaluation": self.evaluation.as_dict()})
-            progress.write(
-                f"step {self.step}: held-out code accuracy {self.evaluation.code_accuracy:.3f} "
-                f"(constant prediction {self.evaluation.constant_accuracy:.3f}, loss {self.evaluation.loss:.4f})"
+        record: dict[str, Any] = {"step": self.step}
+        common: dict[str, Any] = {"training_counts": self.drawn.all_codes, "precision": self.accelerator.autocast()}
+        if isinstance(self.eval_batches, Mapping):
+            self.by_source, self.evaluation = evaluate_sources(
+                self.backend, self.eval_batches, source_counts=self.drawn.codes, **common
             )
+            record["by_source"] = {source: evaluation.as_dict() for source, evaluation in self.by_source.items()}
+        else:
+            self.evaluation = evaluate_codes(self.backend, self.eval_batches, **common)
+        if self.accelerator.is_main_process:
+            self.run.log({**record, "evaluation": self.evaluation.as_dict()})
+            for source, evaluation in {**self.by_source, "": self.evaluation}.items():
+                progress.write(
+                    f"step {self.step}: held-out code accuracy {evaluation.code_accuracy:.3f} "
+                    f"(constant prediction {evaluation.constant_accuracy:.3f}, loss {evaluation.loss:.4f})"
+                    + (f" in {source}" if source else " in all" if self.by_source else "")
+                )
 
     def _agree(self, is_stopping: bool) -> bool:
         """Whether any process was interrupted: all of them must stop after the same step."""
@@ -253,7 +272,7 @@ class _CodeTrainer:
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
-    def _save(self, stream: BatchStream) -> None:
+    def _save(self, stream: Stream) -> None:
         random_states = gather_object([capture_random_state()])
         if self.accelerator.is_main_process:
             with self.run.new_checkpoint(self.step) as folder:
@@ -269,19 +288,19 @@ class _CodeTrainer:
                     {
                         "step": self.step,
                         "num_processes": self.accelerator.num_processes,
-                        "epoch": stream.epoch,
-                        "position": stream.position,
-                        "code_counts": self.counts.counts.tolist(),
+                        "stream": stream.state(),
+                        "drawn": self.drawn.state(),
                         "evaluation": self.evaluation.as_dict() if self.evaluation is not None else None,
+                        "by_source": {source: evaluation.as_dict() for source, evaluation in self.by_source.items()},
                     },
                 )
         self.accelerator.wait_for_everyone()
 
-    def _continue_or_start(self, batches: Iterable[FoundationBatch] | SeekableBatches) -> BatchStream:
+    def _continue_or_start(self, batches: Iterable[FoundationBatch] | SeekableBatches | MixedBatches) -> Stream:
         checkpoint = self.run.latest_checkpoint()
         if checkpoint is None:
             self.run.forget_after(0)
-            return BatchStream(batches)
+            return open_stream(batches)
         progress = read_json(checkpoint / STATE / "progress.json")
         if progress["num_processes"] != self.accelerator.num_processes:
             raise ValueError(
@@ -291,32 +310,12 @@ class _CodeTrainer:
         load_tensors(self.backend, checkpoint / MODEL / WEIGHTS)
         load_optimizer(self.optimizer, checkpoint / STATE)
         self.step = progress["step"]
-        self.counts.counts = torch.tensor(progress["code_counts"])
+        self.drawn.restore(progress["drawn"])
         self.evaluation = CodeEvaluation(**progress["evaluation"]) if progress["evaluation"] else None
+        self.by_source = {source: CodeEvaluation(**figures) for source, figures in progress["by_source"].items()}
         if self.accelerator.is_main_process:
             self.run.forget_after(self.step)
             logger.info("Continuing after step %d from %s", self.step, checkpoint)
-        stream = BatchStream(batches, epoch=progress["epoch"], position=progress["position"])
+        stream = open_stream(batches, progress["stream"])
         restore_random_state(load_random_state(checkpoint / STATE, name=f"random_{self.accelerator.process_index}"))
         return stream
-
-
-class _Window:
-    """Means of what the steps since the last line of metrics measured."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, list[float]] = {}
-        self.num_samples = 0
-        self.seconds = 0.0
-
-    def add(self, output: LossOutput, grad_norm: float, num_samples: int, seconds: float) -> None:
-        measured = {"loss": output.loss.item(), "grad_norm": grad_norm}
-        if "code_accuracy" in output.metrics:  # not in a batch without any valid code
-            measured["code_accuracy"] = output.metrics["code_accuracy"]
-        for name, value in measured.items():
-            self.values.setdefault(name, []).append(value)
-        self.num_samples += num_samples
-        self.seconds += seconds
-
-    def means(self) -> dict[str, float]:
-        return {name: sum(values) / len(values) for name, values in self.values.items()}

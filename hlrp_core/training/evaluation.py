@@ -5,7 +5,7 @@ Shape legend: B batch, S code positions, K codebook size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -99,9 +99,54 @@ def evaluate_codes(
     Raises:
         ValueError: no sample has a valid code.
     """
-    predicted, forced, target, losses = [], [], [], []
-    with _evaluating(backend), precision or nullcontext():
-        for batch in islice(batches, max_batches):
+    with precision or nullcontext():
+        predictions = _predict(backend, islice(batches, max_batches))
+    return _compare(backend, predictions, training_counts)
+
+
+def evaluate_sources(
+    backend: VLABackend,
+    sources: Mapping[str, Iterable[FoundationBatch]],
+    *,
+    source_counts: Mapping[str, CodeCounts],
+    training_counts: CodeCounts,
+    precision: AbstractContextManager | None = None,
+) -> tuple[dict[str, CodeEvaluation], CodeEvaluation]:
+    """`evaluate_codes` for each of several sources, and for all their samples together; each is decoded once.
+
+    Args:
+        sources: held-out batches, by the name of the source.
+        source_counts: codes of each source's training data: its constant prediction is made from them. One without is
+            compared with the best constant of its own held-out labels.
+        training_counts: codes of all training data, for the constant prediction for all samples together.
+        precision: a context for the computation.
+
+    Raises:
+        ValueError: a source has no sample with a valid code.
+    """
+    with precision or nullcontext():
+        predictions = {name: _predict(backend, batches) for name, batches in sources.items()}
+    by_source = {name: _compare(backend, found, source_counts.get(name)) for name, found in predictions.items()}
+    return by_source, _compare(backend, [one for found in predictions.values() for one in found], training_counts)
+
+
+@dataclass(frozen=True)
+class _Predicted:
+    """Of one batch: codes and labels `[B, S]`, teacher-forced accuracy and loss."""
+
+    codes: Tensor
+    labels: Tensor
+    forced_accuracy: float
+    loss: float
+
+
+def _predict(backend: VLABackend, batches: Iterable[FoundationBatch]) -> list[_Predicted]:
+    """Raises:
+    ValueError: no sample has a valid code.
+    """
+    found = []
+    with _evaluating(backend):
+        for batch in batches:
             mask = batch.codes_mask()
             if not bool(mask.any()):
                 continue
@@ -110,17 +155,18 @@ def evaluate_codes(
             output = backend.loss_from_batch(labelled, mode=BackendMode.CODES)
             latent = backend.latent_from_batch(labelled, mode=BackendMode.CODES)
             assert latent.tokens is not None and labelled.target_codes is not None
-            size = labelled.batch_size
-            losses.append((output.loss.item() * size, size))
-            forced.append((output.metrics.get("code_accuracy", float("nan")) * size, size))
-            predicted.append(latent.tokens.cpu())
-            target.append(labelled.target_codes.cpu())
-    if not target:
+            forced = output.metrics.get("code_accuracy", float("nan"))
+            found.append(_Predicted(latent.tokens.cpu(), labelled.target_codes.cpu(), forced, output.loss.item()))
+    if not found:
         raise ValueError(
             "batches: expected at least one sample with valid codes, got none. Next step: check that the labels cover "
             "these episodes, and that episodes are longer than the frame gap."
         )
-    codes, labels = torch.cat(predicted), torch.cat(target)  # (N, S)
+    return found
+
+
+def _compare(backend: VLABackend, found: list[_Predicted], training_counts: CodeCounts | None) -> CodeEvaluation:
+    codes, labels = torch.cat([one.codes for one in found]), torch.cat([one.labels for one in found])  # (N, S)
     counts = CodeCounts(backend.codebook_size, backend.code_seq_len)
     counts.add(labels)
     constant = (training_counts or counts).most_frequent  # (S,)
@@ -133,8 +179,8 @@ def evaluate_codes(
         joint_accuracy=_share(right.all(1)),
         constant_joint_accuracy=_share(constant_right.all(1)),
         position_accuracy=right.float().mean(0).tolist(),
-        teacher_forced_accuracy=_weighted_mean(forced),
-        loss=_weighted_mean(losses),
+        teacher_forced_accuracy=_weighted_mean([(one.forced_accuracy, len(one.labels)) for one in found]),
+        loss=_weighted_mean([(one.loss, len(one.labels)) for one in found]),
         prediction_perplexity=mean_perplexity(codes[(codes >= 0).all(1)], backend.codebook_size),
         target_perplexity=mean_perplexity(labels, backend.codebook_size),
         unparsed=_share((codes < 0).any(1)),
@@ -197,4 +243,4 @@ def _share(right: Tensor) -> float:
 
 
 def _weighted_mean(pairs: list[tuple[float, int]]) -> float:
-    return sum(value for value, _ in pairs) / sum(size for _, size in pairs)
+    return sum(value * size for value, size in pairs) / sum(size for _, size in pairs)

@@ -26,6 +26,9 @@ class LabelCommand:
     output: Path
     # Camera whose frames are labelled. By default the only one.
     camera: str | None = None
+    # Δ in seconds, for a dataset with another frame rate than the one that the LAQ was trained on. By default as many
+    # frames as there.
+    frame_gap_s: float | None = None
     # Frame pairs at once.
     batch_size: int = 64
     # By default the best there is; `cpu` is the other choice.
@@ -39,11 +42,15 @@ def label(command: LabelCommand) -> int:
 
     from hlrp_core.laq.probes import measure_codebook_use
     from hlrp_core.laq.quantizer import LatentActionQuantizer
+    from lerobot_hlrp.frame_gap import frames_apart
     from lerobot_hlrp.frame_reader import choose_camera
     from lerobot_hlrp.labelling import label_dataset
 
     dataset = LeRobotDataset(command.dataset.repo_id, root=command.dataset.root)
     laq = LatentActionQuantizer.from_pretrained(command.laq)
+    frame_gap = None
+    if command.frame_gap_s is not None:
+        frame_gap = frames_apart(command.frame_gap_s, dataset.meta.fps, command.dataset.repo_id)
     laq.to(command.device or auto_select_torch_device())
     table = label_dataset(
         laq,
@@ -51,6 +58,7 @@ def label(command: LabelCommand) -> int:
         camera=choose_camera(dataset.meta, command.camera),
         laq_id=Path(command.laq).name if Path(command.laq).is_dir() else command.laq,
         output=command.output,
+        frame_gap=frame_gap,
         batch_size=command.batch_size,
     )
     if table is None:
@@ -59,7 +67,8 @@ def label(command: LabelCommand) -> int:
     use = measure_codebook_use(table.codes[table.valid], table.codebook_size)
     print(
         f"{int(table.valid.sum())} of {len(table)} frames labelled: the others have no frame t+{span} in "
-        f"their episode. Perplexity {use.perplexity:.2f} of {table.codebook_size}.\nThe code table: {command.output}"
+        f"their episode. Δ is {table.frame_gap} frames, {table.frame_gap / dataset.meta.fps:.3g} s. "
+        f"Perplexity {use.perplexity:.2f} of {table.codebook_size}.\nThe code table: {command.output}"
     )
     return 0
 

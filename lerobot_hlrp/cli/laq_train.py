@@ -30,6 +30,8 @@ class TrainLAQCommand(LAQTrainingConfig):
     camera: str | None = None
     # Sizes of the quantiser.
     laq: LAQConfig = field(default_factory=LAQConfig)
+    # Δ in seconds, instead of `laq.frame_gap` in frames.
+    frame_gap_s: float | None = None
     # Share of the episodes, the last ones, that are measured on and not trained on.
     eval_share: float = 0.05
 
@@ -42,12 +44,20 @@ def train(command: TrainLAQCommand) -> int:
     from hlrp_core.laq.quantizer import LatentActionQuantizer
     from hlrp_core.laq.training import train_laq
     from hlrp_core.run_folder import read_json
+    from lerobot_hlrp.expectation import expect
     from lerobot_hlrp.fingerprint import dataset_fingerprint
+    from lerobot_hlrp.frame_gap import frames_apart
     from lerobot_hlrp.frame_reader import choose_camera
     from lerobot_hlrp.laq_data import build_frame_tuples, cache_frames
 
     dataset = LeRobotDataset(command.dataset.repo_id, root=command.dataset.root)
     camera = choose_camera(dataset.meta, command.camera)
+    if command.frame_gap_s is not None:
+        frames = frames_apart(command.frame_gap_s, dataset.meta.fps, command.dataset.repo_id)
+        both = f"{command.frame_gap_s} s and {command.laq.frame_gap} frames"
+        is_one = command.laq.frame_gap in (LAQConfig.frame_gap, frames)
+        expect(is_one, "frame_gap_s, laq.frame_gap", "one of them", both, "Leave one of them out.")
+        command.laq.frame_gap = frames
     fingerprint = dataset_fingerprint(dataset.meta)
     cache = command.output_dir / "frames.npy"
     frames = cache_frames(dataset, camera, command.laq.image_size, cache, fingerprint=fingerprint)

@@ -4,6 +4,11 @@
         --dataset.repo_id=user/videos --dataset.root=data/videos --dataset.eval_split=0.1 \\
         --output_dir=outputs/stage2 --steps=10000 --batch_size=32
 
+Several datasets at once, each with its labels and its weight, here or in a file (`--config_path=run.yaml`):
+
+    hlrp-train-codes ... --datasets='[{repo_id: user/robot, codes: robot.safetensors, weight: 0.3, eval_split: 0.1},
+        {repo_id: user/videos, codes: videos.safetensors, weight: 0.7, camera: front}]'
+
 The result, `<output_dir>/checkpoints/last/pretrained_model`, is a policy folder: `lerobot-train --policy.path=...`
 goes on from it, `hlrp-eval-codes --policy.path=...` measures it, and `hlrp_core.bundle.load_backend` loads it without
 LeRobot. The same command again continues a run that was interrupted. `accelerate launch $(which hlrp-train-codes) ...`
@@ -22,17 +27,22 @@ from hlrp_core.codes.token_scheme import TokenSchemeConfig
 from hlrp_core.prompting.prompt import PromptConfig
 from hlrp_core.training.config import CodeTrainingConfig
 from lerobot_hlrp.cli.command import run_command
+from lerobot_hlrp.expectation import expect
+from lerobot_hlrp.mixing import MixedDataset
 
 if TYPE_CHECKING:
-    from lerobot.datasets import LeRobotDataset
-
+    from hlrp_core.training import CodeTrainingResult
+    from lerobot_hlrp.mixing import LabelledDataset
     from lerobot_hlrp.policy import HLRPPolicy
 
 
 @dataclass(kw_only=True)
 class TrainCodesCommand(CodeTrainingConfig):
     # The data. `--dataset.eval_split` holds episodes out as `lerobot-train` does: the last ones of each task.
-    dataset: DatasetConfig
+    dataset: DatasetConfig | None = None
+    # Or several datasets with weights. The first one's cameras are those of the policy. Each has its own `codes`,
+    # `camera` and `extra_cameras`, which are not given for all then.
+    datasets: list[MixedDataset] = field(default_factory=list)
     # Folder of the run; the same command again continues it.
     output_dir: Path
     # How the core composes it: `hlrp_core.available_backends()`.
@@ -41,7 +51,7 @@ class TrainCodesCommand(CodeTrainingConfig):
     backbone: str
     # Labels: a code table of this very dataset, or ...
     codes: str | None = None
-    # ... folder or Hub id of a LAQ that labels frame pairs while training.
+    # ... folder or Hub id of a LAQ that labels frame pairs while training. Of several datasets those without a table.
     laq: str | None = None
     # Camera whose frames the LAQ saw, such as `top`. By default the only one.
     camera: str | None = None
@@ -49,6 +59,8 @@ class TrainCodesCommand(CodeTrainingConfig):
     extra_cameras: list[str] = field(default_factory=list)
     # Dataset frames between the two frames of a pair. By default as in the table or the LAQ.
     frame_gap: int | None = None
+    # The same in seconds: the frames of each dataset follow from its frame rate.
+    frame_gap_s: float | None = None
     # What stands around image and instruction.
     prompt: PromptConfig = field(default_factory=PromptConfig)
     # How codes are written.
@@ -68,11 +80,11 @@ class TrainCodesCommand(CodeTrainingConfig):
     freeze_vision: bool = False
     # Of the backbone's weights. Below float32 only where memory demands it.
     backbone_dtype: str = "float32"
-    # Samples in a batch, on each device.
+    # Samples in a batch, on each device; of all datasets together.
     batch_size: int = 8
-    # Processes that load frames.
+    # Processes that load frames; of several datasets each has at least one.
     num_workers: int = 4
-    # Held-out samples at most in an evaluation, spread over the held-out episodes; 0 for all of them.
+    # Held-out samples at most in an evaluation, of each dataset, spread over its held-out episodes; 0 for all of them.
     max_eval_samples: int = 1024
     # By default the best there is; `cpu` is the other choice.
     device: str | None = None
@@ -84,34 +96,27 @@ def train(command: TrainCodesCommand) -> int:
 
     from hlrp_core.training import train_codes
     from hlrp_core.training.code_training import make_accelerator
-    from lerobot_hlrp.foundation_batches import FoundationBatches, load_datasets, spread
-    from lerobot_hlrp.policy_types import make_code_policy
+    from lerobot_hlrp.mixing import mix_batches, read_held_out, read_training
 
+    wanted = list_datasets(command)
     accelerator = make_accelerator(command, cpu=command.device == "cpu")
-    policy, meta = make_code_policy(
-        command.dataset,
-        command.backend,
-        device=str(accelerator.device),
-        **{name: getattr(command, name) for name in _POLICY_SETTINGS},
-    )
-    training_data, held_out = load_datasets(command.dataset, policy.config)
-    processors = make_pre_post_processors(policy.config, dataset_stats=meta.stats)
+    policy, datasets = open_datasets(command, wanted, device=str(accelerator.device))
     loading: dict[str, Any] = {"num_workers": command.num_workers, "device": accelerator.device}
-    loading["preprocess"] = processors[0] if policy.config.reads_state else None
-    batches = FoundationBatches(
-        training_data,
-        policy.reader,
-        batch_size=command.batch_size,
-        shuffle_seed=command.seed,
-        shard=(accelerator.process_index, accelerator.num_processes),
-        **loading,
-    )
-    eval_batches = None
-    if held_out is not None:
-        eval_batches = FoundationBatches(held_out, policy.reader, batch_size=command.batch_size, **loading)
-        eval_batches.items = spread(eval_batches.items, command.max_eval_samples)
+    shard = (accelerator.process_index, accelerator.num_processes)
+    if command.datasets:
+        batches: Any = mix_batches(datasets, batch_size=command.batch_size, seed=command.seed, shard=shard, **loading)
+        sources = batches.sources
+    else:
+        batches = read_training(
+            datasets[0], batch_size=command.batch_size, shuffle_seed=command.seed, shard=shard, **loading
+        )
+        sources = {datasets[0].title: batches}
+    held_out = read_held_out(datasets, command.max_eval_samples, batch_size=command.batch_size, **loading)
     if accelerator.is_main_process:
-        print(_describe(policy, batches, training_data, eval_batches))
+        print(_describe(policy))
+        for dataset in datasets:
+            print(_describe_data(dataset, sources, held_out, batches.shares if command.datasets else None))
+    processors = make_pre_post_processors(policy.config, dataset_stats=datasets[0].meta.stats)
 
     def save_model(folder: Path) -> None:
         policy.save_pretrained(folder)
@@ -123,48 +128,158 @@ def train(command: TrainCodesCommand) -> int:
         batches,
         command,
         output_dir=command.output_dir,
-        eval_batches=eval_batches,
-        settings=_settings(command, policy),
+        eval_batches=(held_out if command.datasets else next(iter(held_out.values()))) if held_out else None,
+        settings=_settings(command, datasets),
         save_model=save_model,
         accelerator=accelerator,
     )
     if accelerator.is_main_process and result.is_finished:
-        if result.evaluation is not None:
-            print(result.evaluation.as_table())
-        print(f"The model: {result.folder}")
+        _report(result)
     return 0 if result.is_finished else 130
 
 
+def list_datasets(command: TrainCodesCommand) -> list[MixedDataset]:
+    """The datasets that the command names: one of them is a mix of one.
+
+    Raises:
+        ValueError: none or both ways are used, or settings of one dataset are given for several.
+    """
+    from lerobot_hlrp.mixing import check_mix
+
+    expect(
+        (command.dataset is None) == bool(command.datasets),
+        "data",
+        "one dataset (--dataset.repo_id=...) or several (--datasets='[{repo_id: ..., weight: ...}, ...]')",
+        "neither" if command.dataset is None else "both",
+        "Use one of the two.",
+    )
+    expect(
+        command.frame_gap is None or command.frame_gap_s is None,
+        "frame_gap, frame_gap_s",
+        "one of them",
+        f"both ({command.frame_gap} and {command.frame_gap_s})",
+        "Leave one of them out.",
+    )
+    if command.dataset is not None:
+        own = {name: getattr(command, name) for name in ("codes", "camera", "extra_cameras")}
+        return [MixedDataset(**vars(command.dataset), **own)]
+    common = [name for name in ("codes", "camera", "extra_cameras", "frame_gap") if getattr(command, name)]
+    expect(
+        not common,
+        "datasets",
+        "settings of a dataset within its entry",
+        ", ".join(f"--{name}" for name in common),
+        "Write them into the entries of --datasets; a frame gap for all is --frame_gap_s.",
+    )
+    check_mix(command.datasets, has_laq=command.laq is not None)
+    return command.datasets
+
+
+def open_datasets(
+    command: TrainCodesCommand, wanted: list[MixedDataset], *, device: str
+) -> tuple[HLRPPolicy, list[LabelledDataset]]:
+    """A new policy, made for the first dataset, and all of them opened.
+
+    Raises:
+        ValueError: a dataset, its labels and the others' do not fit each other.
+    """
+    from lerobot_hlrp.foundation_batches import load_datasets
+    from lerobot_hlrp.mixing import (
+        LabelledDataset,
+        check_labels,
+        choose_frame_gap,
+        make_preprocessor,
+        open_reader,
+        settle_frame_gap,
+    )
+    from lerobot_hlrp.policy_types import load_metadata, make_code_policy
+
+    policy, opened = None, []
+    for settings in wanted:
+        meta = load_metadata(settings)
+        laq = None if command.datasets and settings.codes else command.laq
+        gap = choose_frame_gap(settings, meta.fps, frame_gap=command.frame_gap, frame_gap_s=command.frame_gap_s)
+        if policy is None:
+            own = {name: getattr(settings, name) for name in ("codes", "camera", "extra_cameras")}
+            common = {name: getattr(command, name) for name in _POLICY_SETTINGS}
+            policy, _ = make_code_policy(
+                settings, command.backend, device=device, laq=laq, frame_gap=gap, **own, **common
+            )
+            reader = policy.reader
+        else:
+            reader = open_reader(policy, settings, meta, laq=laq, frame_gap=gap)
+        assert reader.config.frame_gap is not None  # the labels have settled it
+        data = load_datasets(settings, reader.config)
+        preprocess = make_preprocessor(reader.config, meta)
+        opened.append(LabelledDataset(settings, meta, reader, reader.config.frame_gap, *data, preprocess))
+    assert policy is not None
+    check_labels(opened)
+    settle_frame_gap(policy, opened)
+    return policy, opened
+
+
 _POLICY_SETTINGS = (
-    *("backbone", "codes", "laq", "camera", "extra_cameras", "frame_gap", "prompt", "token_scheme", "image_size"),
-    *("image_splitting", "code_objective", "latent_pooling", "train_vocabulary", "freeze_vision"),
-    *("backbone_dtype", "dtype"),
+    *("backbone", "prompt", "token_scheme", "image_size", "image_splitting", "code_objective"),
+    *("latent_pooling", "train_vocabulary", "freeze_vision", "backbone_dtype", "dtype"),
 )
 
 
-def _settings(command: TrainCodesCommand, policy: HLRPPolicy) -> dict[str, Any]:
+def _settings(command: TrainCodesCommand, datasets: list[LabelledDataset]) -> dict[str, Any]:
     """What a continued run must have in common with its beginning, beside the core's settings."""
+    common = {"batch_size": command.batch_size, "backbone": command.backbone}
+    if not command.datasets:
+        return {**common, **_data_settings(datasets[0])}
+    weights = {f"weight of {dataset.title}": dataset.settings.weight for dataset in datasets}
+    of_data = {f"data of {dataset.title}": _data_settings(dataset) for dataset in datasets}
+    return {**common, "datasets": [dataset.title for dataset in datasets], **weights, **of_data}
+
+
+def _data_settings(dataset: LabelledDataset) -> dict[str, Any]:
+    settings, config = dataset.settings, dataset.reader.config
     return {
-        "dataset": command.dataset.repo_id,
-        "episodes": command.dataset.episodes,
-        "eval_split": command.dataset.eval_split,
-        "batch_size": command.batch_size,
-        "backbone": command.backbone,
-        "cameras": policy.config.cameras,
-        "frame_gap": policy.config.frame_gap,
-        "laq_hash": policy.config.laq_hash,
+        "dataset": settings.repo_id,
+        "episodes": settings.episodes,
+        "eval_split": settings.eval_split,
+        "cameras": config.cameras,
+        "frame_gap": dataset.frame_gap,
+        "laq_hash": config.laq_hash,
     }
 
 
-def _describe(policy: HLRPPolicy, batches: Any, data: LeRobotDataset, eval_batches: Any) -> str:
+def _describe(policy: HLRPPolicy) -> str:
     config = policy.config
     parameters = sum(p.numel() for p in policy.backend.parameters() if p.requires_grad)
-    held_out = f"{len(eval_batches.items)} held-out" if eval_batches is not None else "no held-out"
     return (
         f"{policy.backend.name}: {parameters / 1e6:.1f}M parameters to train, K={config.codebook_size}, "
-        f"S={config.code_seq_len}, frame gap {config.frame_gap}, camera {config.camera}\n"
-        f"{data.repo_id}: {len(batches.items)} labelled frames of {data.num_episodes} episodes to train on, {held_out}"
+        f"S={config.code_seq_len}"
     )
+
+
+def _describe_data(
+    dataset: LabelledDataset, sources: dict[str, Any], held_out: dict[str, Any], shares: dict[str, float] | None
+) -> str:
+    title, config = dataset.title, dataset.reader.config
+    held_out_text = f"{len(held_out[title].items)} held-out" if title in held_out else "no held-out"
+    share = f"{100 * shares[title]:.1f}% of the samples from " if shares is not None else ""
+    return (
+        f"{title}: {share}{len(sources[title].items)} labelled frames of {dataset.training.num_episodes} episodes to "
+        f"train on, {held_out_text}; camera "
+        f"{config.camera}, frame gap {dataset.frame_gap} ({dataset.frame_gap_s:.3g} s)"
+    )
+
+
+def _report(result: CodeTrainingResult) -> None:
+    if any(result.drawn):  # sources with names
+        width = max(map(len, result.drawn))
+        print("Drawn:")
+        for source, of in result.drawn.items():
+            share = f"{100 * of['share']:.2f}%"
+            print(f"  {source:<{width}}  {of['samples']:>10} samples {share:>8}  {of['epoch']} whole passes")
+    for source, evaluation in result.by_source.items():
+        print(f"{source}:\n{evaluation.as_table()}")
+    if result.evaluation is not None:
+        print(("All together:\n" if result.by_source else "") + result.evaluation.as_table())
+    print(f"The model: {result.folder}")
 
 
 def main() -> None:
