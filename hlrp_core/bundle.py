@@ -40,6 +40,8 @@ SCHEMA_VERSION = 1
 MANIFEST = "hlrp.json"
 BACKBONE = "backbone"
 WEIGHTS = "model.safetensors"
+# Settings that the weights fix.
+_FIXED = ("codebook_size", "code_seq_len", "token_scheme", "latent_pooling", "vector_objective", "code_vector_dim")
 _MANIFEST_KEYS = {"backend", "code_ids", "dtype", "extra", "parts", "vocabulary_rows", "weights"}
 
 logger = logging.getLogger(__name__)
@@ -219,7 +221,7 @@ def build_saved_backend(folder: str | Path, *, config: BackendConfig | None = No
     manifest = read_manifest(folder)
     saved = config_from_dict(manifest["backend"])
     config = config or saved
-    for name in ("codebook_size", "code_seq_len", "token_scheme", "latent_pooling"):
+    for name in _FIXED:
         if getattr(config, name) != getattr(saved, name):
             raise ValueError(
                 f"{name}: expected {getattr(saved, name)} as in the checkpoint {folder}, got {getattr(config, name)}. "

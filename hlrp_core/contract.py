@@ -175,7 +175,8 @@ class SamplingOptions:
     Args:
         generator: source of every random number of the call; None uses torch's global one.
         temperature: 0 is greedy; above 0 samples the codes.
-        noise: `[B, C, A]` starting noise of a flow head, instead of drawing it.
+        noise: `[B, C, A]` starting noise of a flow action head, instead of drawing it.
+        num_flow_steps: Euler steps of every flow of the call; None: as each head is set.
         inference_delay: real-time chunking: how many actions of the old chunk run while this one is computed.
         prev_chunk_left_over: real-time chunking: `[B, C', A]`, the old chunk's actions not yet run.
         execution_horizon: real-time chunking: actions run from each chunk.
@@ -185,6 +186,7 @@ class SamplingOptions:
     generator: torch.Generator | None = None
     temperature: float = 0.0
     noise: Tensor | None = None
+    num_flow_steps: int | None = None
     inference_delay: int | None = None
     prev_chunk_left_over: Tensor | None = None
     execution_horizon: int | None = None
@@ -192,6 +194,8 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         _expect(self.temperature >= 0, "temperature", "0 (greedy) or more", self.temperature)
+        steps = self.num_flow_steps
+        _expect(steps is None or steps >= 1, "num_flow_steps", "1 or more, or None", steps)
 
 
 @dataclass(frozen=True)
@@ -209,11 +213,13 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class LatentOutput:
-    """Args:
-    logits: `[B, S, K]`.
-    tokens: `[B, S]` long: codes; -1 where free decoding did not parse.
-    vector: `[B, S, D]` float, for continuous latents.
-    meta: small things for debugging, such as the text that did not parse.
+    """Discrete codes (`tokens`, and `logits` where there are any) or continuous latents (`vector`), never both.
+
+    Args:
+        logits: `[B, S, K]`.
+        tokens: `[B, S]` long: codes; -1 where free decoding did not parse.
+        vector: `[B, S, D]` float32, in the units of the LAQ's code vectors. Not quantised.
+            meta: small things for debugging, such as the text that did not parse.
     """
 
     logits: Tensor | None = None
@@ -227,7 +233,7 @@ class ActionOutput:
     """Args:
     actions: `[B, C, A]` float32, in the normalised space of the training actions.
     metrics: plain Python floats.
-    latent: the codes that the actions were conditioned on, where the head uses codes.
+    latent: the codes or vectors that the actions were conditioned on, where the head uses any.
     """
 
     actions: Tensor

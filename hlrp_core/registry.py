@@ -29,11 +29,13 @@ class BackendRecipe:
         family: of the backbone; a checkpoint of another one is refused.
         compose: builds the backend on a loaded core. With `is_new` the core's vocabulary has yet to get the codes'
             rows; without, its weights come from a saved backend.
+        predicts_vectors: it predicts a LAQ's code vectors, which `make_backend` must be given.
         tiny_size: `hlrp_core.backbones.random_checkpoint` size on which the contract tests build it.
     """
 
     family: str
     compose: Callable[[BackendConfig, ModelCore, bool], ComposedBackend]
+    predicts_vectors: bool = False
     tiny_size: str = "tiny"
 
 
@@ -67,12 +69,23 @@ def _compose_latent(prompting: str) -> Callable[[BackendConfig, ModelCore, bool]
     return compose
 
 
+def _compose_vector(prompting: str) -> Callable[[BackendConfig, ModelCore, bool], ComposedBackend]:
+    def compose(config: BackendConfig, core: ModelCore, is_new: bool) -> ComposedBackend:
+        from hlrp_core.backends.vector_backends import compose_vector_backend
+
+        return compose_vector_backend(config, core, prompting=prompting)
+
+    return compose
+
+
 register_backend("qwen_chat", BackendRecipe("qwen3_vl", _compose_tokens("chat")))
 register_backend("qwen_plain", BackendRecipe("qwen3_vl", _compose_tokens("plain")))
 register_backend("qwen_latent_head", BackendRecipe("qwen3_vl", _compose_latent("plain")))
+register_backend("qwen_vector_head", BackendRecipe("qwen3_vl", _compose_vector("plain"), predicts_vectors=True))
 register_backend("smol_chat", BackendRecipe("smolvlm", _compose_tokens("chat")))
 register_backend("smol_plain", BackendRecipe("smolvlm", _compose_tokens("plain")))
 register_backend("smol_latent_head", BackendRecipe("smolvlm", _compose_latent("plain")))
+register_backend("smol_vector_head", BackendRecipe("smolvlm", _compose_vector("plain"), predicts_vectors=True))
 
 
 def available_backends() -> list[str]:
@@ -109,13 +122,21 @@ def make_backend(
         codebook_size: K.
         code_seq_len: S.
         dtype: of the backbone's weights.
-        code_vectors: `[S, K, D]` of the LAQ (`code_vector_table()`), for the action head `laq`.
+        code_vectors: `[S, K, D]` of the LAQ (`code_vector_table()`), for a vector backend or the action head
+            `laq`.
         settings: further fields of `BackendConfig`, such as `prompt=PromptConfig(...)` or `action_head=...`.
 
     Raises:
         ValueError: unknown name, a backbone of another family, or settings that do not fit each other.
     """
     recipe = get_recipe(name)
+    if recipe.predicts_vectors and code_vectors is not None:
+        settings = {"code_vector_dim": code_vectors.shape[-1], **settings}
+    if not recipe.predicts_vectors and settings.get("code_vector_dim") is not None:
+        raise ValueError(
+            f"code_vector_dim: expected None on backend '{name}', which predicts codes, got "
+            f"{settings['code_vector_dim']}. Next step: leave it out, or choose a backend that predicts vectors."
+        )
     config = BackendConfig(name=name, codebook_size=codebook_size, code_seq_len=code_seq_len, **settings)
     from hlrp_core.backbones.loading import load_core
     from hlrp_core.heads import hand_over_code_vectors
@@ -128,5 +149,5 @@ def make_backend(
         dtype=dtype,
     )
     backend = recipe.compose(config, core, True)
-    hand_over_code_vectors(backend.action_head, code_vectors)
+    hand_over_code_vectors(backend, code_vectors)
     return backend

@@ -267,22 +267,22 @@ def make_tiny_backend(tiny_backbone: Callable[[str], Path]) -> Callable:
         from hlrp_core.heads import ActionHeadConfig
         from hlrp_core.registry import get_recipe, make_backend
 
+        settings = {"codebook_size": 8, "code_seq_len": 4, **settings}
+        predicts_vectors = get_recipe(name).predicts_vectors
+        if predicts_vectors or head == "laq":
+            shape = settings["code_seq_len"], settings["codebook_size"], 2
+            settings["code_vectors"] = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         if head is not None:
             sizes = {"chunk_size": 4, "action_dim": 2, "state_dim": 3, "hidden_dim": 32, "num_layers": 1}
-            conditioning = settings.pop("code_conditioning", "none" if head == "prefix_flow" else "tokens")
-            if head == "laq":
+            usual = "vector" if predicts_vectors else "tokens"
+            conditioning = settings.pop("code_conditioning", "none" if head == "prefix_flow" else usual)
+            if head == "laq" or conditioning == "vector":
                 sizes["code_vector_dim"] = 2
-                settings["code_vectors"] = torch.randn(4, 8, 2, generator=torch.Generator().manual_seed(1))
             settings["action_head"] = ActionHeadConfig(
                 kind=head, code_conditioning=conditioning, num_flow_steps=3, **sizes
             )
         torch.manual_seed(seed)
-        settings = {
-            "backbone": tiny_backbone(get_recipe(name).family),
-            "codebook_size": 8,
-            "code_seq_len": 4,
-            **settings,
-        }
+        settings = {"backbone": tiny_backbone(get_recipe(name).family), **settings}
         backend = make_backend(name, **settings)
         backend.setup(device=torch.device("cpu"))
         return backend

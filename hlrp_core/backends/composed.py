@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from hlrp_core.backbones.model_core import ModelCore
 from hlrp_core.backends.config import BackendConfig
-from hlrp_core.codes.accuracy import CodeCounts, code_accuracy
+from hlrp_core.codes.accuracy import CodeCounts
 from hlrp_core.contract import (
     OBJECTIVES,
     ActionBatch,
@@ -33,6 +33,7 @@ from hlrp_core.contract import (
 )
 from hlrp_core.heads.action_head import ActionContext, ActionHead, PrefixEncoding
 from hlrp_core.heads.code_head import BackboneEncoding, CodeHead
+from hlrp_core.heads.code_vectors import CodeVectors
 from hlrp_core.prompting.strategy import PromptingStrategy, PromptInputs
 
 
@@ -84,6 +85,11 @@ class ComposedBackend(nn.Module):
     @property
     def modes(self) -> frozenset[BackendMode]:
         return frozenset(BackendMode if self.action_head is not None else {BackendMode.CODES})
+
+    @property
+    def code_vectors(self) -> Tensor | None:
+        """`[S, K, D]`: the LAQ's vectors, where the backend predicts vectors; None where it predicts codes."""
+        return self._vector_table.vectors if self.config.code_vector_dim is not None else None
 
     def setup(self, *, device: torch.device) -> None:
         """Move to `device` and check that the prompt's length is the same by tokenizer and by processor."""
@@ -139,8 +145,7 @@ class ComposedBackend(nn.Module):
             labelled = codes[mask]
             if self.training:  # held-out labels must not tell the constant prediction what is frequent
                 self._code_counts.add(labelled)
-            metrics["code_accuracy"] = code_accuracy(result.predicted[mask], labelled)
-            metrics["constant_accuracy"] = self._code_counts.constant_accuracy()
+            metrics = self.code_head.measure(result.select(mask), labelled, self._code_counts)
         return result.per_sample, mask, metrics
 
     def _actions_loss(
@@ -150,13 +155,13 @@ class ComposedBackend(nn.Module):
         mask = batch.actions_mask().to(self.core.device)
         if self.action_head.needs_codes and self.config.code_source == "teacher":
             mask = mask & batch.codes_mask().to(mask.device)
-            code_probs = self._one_hot(self._target_codes(batch))
+            seen = self._seen_labels(self._target_codes(batch))
         elif self.action_head.needs_codes:
             with self._predicting():
-                code_probs = self._code_probs(self._predict_codes(inputs, SamplingOptions(), encoding))
+                seen = self._seen_prediction(self._predict_codes(inputs, SamplingOptions(), encoding))
         else:
-            code_probs = None
-        context = self._action_context(batch, encoding.prefix, code_probs)
+            seen = None
+        context = self._action_context(batch, encoding.prefix, seen)
         actions = batch.actions.to(self.core.device)
         is_pad = batch.action_is_pad.to(mask.device) if batch.action_is_pad is not None else None
         # labels of samples without one may be NaN fillers: they must not reach the head
@@ -168,7 +173,7 @@ class ComposedBackend(nn.Module):
     def latent_from_batch(
         self, batch: FoundationBatch, *, mode: BackendMode, sampling: SamplingOptions | None = None
     ) -> LatentOutput:
-        """Codes predicted from frame t and the instruction. Runs without gradient, in eval mode.
+        """Codes or vectors predicted from frame t and the instruction. Runs without gradient, in eval mode.
 
         Raises:
             UnsupportedModeError: the backend cannot do `mode`.
@@ -200,7 +205,7 @@ class ComposedBackend(nn.Module):
             `[B]` float32, natural logarithm.
 
         Raises:
-            ValueError: `codes` has another shape or range.
+            ValueError: `codes` has another shape or range, or the backend predicts vectors, which gives codes none.
         """
         codes = self._expect_codes(codes.to(self.core.device), "codes", batch.batch_size)
         with self.core.learning_tokens():
@@ -218,13 +223,13 @@ class ComposedBackend(nn.Module):
         sampling = sampling or SamplingOptions()
         with self._predicting():
             inputs = self._prompt(batch, for_prediction=True)
-            encoding, latent, code_probs = None, None, None
+            encoding, latent, seen = None, None, None
             if self.action_head.needs_prefix:
                 encoding = self._encode(inputs, use_cache=self.action_head.needs_codes)
             if self.action_head.needs_codes:
                 latent = self._predict_codes(inputs, sampling, encoding)
-                code_probs = self._code_probs(latent)
-            context = self._action_context(batch, encoding.prefix if encoding else None, code_probs)
+                seen = self._seen_prediction(latent)
+            context = self._action_context(batch, encoding.prefix if encoding else None, seen)
             actions = self.action_head.predict(context, sampling, guidance=sampling.guidance)
         return ActionOutput(actions=actions.float(), metrics={}, latent=latent)
 
@@ -296,25 +301,42 @@ class ComposedBackend(nn.Module):
     ) -> LatentOutput:
         return self.code_head.predict(self.core, inputs, sampling, encoding=encoding)
 
-    def _code_probs(self, latent: LatentOutput) -> Tensor:
-        """`[B, S, K]`: what a code-conditioned action head sees."""
+    def _seen_prediction(self, latent: LatentOutput) -> Tensor:
+        """`[B, S, K]` codes or `[B, S, D]` vectors: what a code-conditioned action head sees of a prediction."""
         assert self.action_head is not None
+        if self.action_head.config.code_conditioning == "vector":
+            assert latent.vector is not None
+            return self._vector_table.standardize(latent.vector)
         if self.action_head.config.code_conditioning == "soft":
             assert latent.logits is not None
             return torch.softmax(latent.logits, dim=-1)
         assert latent.tokens is not None
         return self._one_hot(latent.tokens)
 
+    def _seen_labels(self, codes: Tensor) -> Tensor:
+        """What it sees of true codes `[B, S]`."""
+        assert self.action_head is not None
+        if self.action_head.config.code_conditioning == "vector":
+            return self._vector_table.lookup(codes)
+        return self._one_hot(codes)
+
+    @property
+    def _vector_table(self) -> CodeVectors:
+        table = self.code_head.table  # of a vector head, which may be wrapped by adapters
+        assert isinstance(table, CodeVectors)
+        return table
+
     def _one_hot(self, codes: Tensor) -> Tensor:
         return F.one_hot(codes, self.codebook_size).float()
 
-    def _action_context(
-        self, batch: ActionBatch, prefix: PrefixEncoding | None, code_probs: Tensor | None
-    ) -> ActionContext:
+    def _action_context(self, batch: ActionBatch, prefix: PrefixEncoding | None, seen: Tensor | None) -> ActionContext:
         assert self.action_head is not None
-        state = batch.state.to(self.core.device) if batch.state is not None else None
+        is_vector = self.action_head.config.code_conditioning == "vector"
         return ActionContext(
-            state=state, code_probs=code_probs, prefix=prefix if self.action_head.needs_prefix else None
+            state=batch.state.to(self.core.device) if batch.state is not None else None,
+            code_probs=None if is_vector else seen,
+            code_vectors=seen if is_vector else None,
+            prefix=prefix if self.action_head.needs_prefix else None,
         )
 
     # -- labels ---------------------------------------------------------------------------------------------------

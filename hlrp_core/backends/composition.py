@@ -10,6 +10,22 @@ from hlrp_core.heads.code_head import CodeHead
 from hlrp_core.prompting.catalogue import PROMPTINGS
 
 
+def keep_vocabulary(config: BackendConfig, core: ModelCore) -> None:
+    """Where no codes are written as tokens, the vocabulary stays as it is. Nothing teaches its projection then, and an
+    optimizer need not hold it.
+
+    Raises:
+        ValueError: a setting asks for code tokens.
+    """
+    if config.train_vocabulary == "code_rows":
+        raise ValueError(
+            f"train_vocabulary: expected 'all' with {config.name}, which adds no code tokens to the vocabulary, got "
+            "'code_rows'. Next step: leave it out, or use a backend that writes codes as tokens."
+        )
+    if core.lm_head.weight is not core.model.get_input_embeddings().weight:
+        core.lm_head.requires_grad_(False)
+
+
 def compose_backend(config: BackendConfig, core: ModelCore, *, prompting: str, code_head: CodeHead) -> ComposedBackend:
     """The backend of a core whose vocabulary is complete, with the prompting strategy and action head of `config`.
 

@@ -13,6 +13,7 @@ CodeObjective = Literal["completion", "codes_only", "restricted"]
 CodeSource = Literal["predicted", "teacher"]
 LatentPooling = Literal["mean", "last", "query"]
 TrainVocabulary = Literal["all", "code_rows"]
+VectorObjective = Literal["regression", "flow"]
 
 
 @dataclass
@@ -28,10 +29,13 @@ class BackendConfig:
     decoding: `constrained`, `generate` or `free` (token backends).
     code_objective: what the loss on codes is a mean of (token backends): the whole `completion`, as a language model
         learns it, `codes_only`, or `restricted` to the K code rows at the code positions.
-    latent_pooling: how the prompt's hidden states are summed up (latent-head backends): their `mean`, the `last` one,
-        or a learned `query` for each code position.
+    latent_pooling: how the prompt's hidden states are summed up (latent-head backends, and vector backends by
+        regression): their `mean`, the `last` one, or a learned `query` for each code position.
     train_vocabulary: what is trained of the embedding table and the vocabulary projection: `all` of them, or the
         `code_rows` alone, those of the code tokens and their wrapper (token backends).
+    vector_objective: how vectors are learned (vector backends): by `regression` of the mean of all answers, or as a
+        `flow` from noise that draws one of them.
+    code_vector_dim: width of the LAQ's code vectors, in vector backends; None in those that predict codes.
     action_head: None for a backend that predicts codes alone.
     code_source: codes that a code-conditioned action head trains on: those it will see (`predicted`), or the
         labels (`teacher`).
@@ -50,6 +54,8 @@ class BackendConfig:
     code_objective: CodeObjective = "completion"
     latent_pooling: LatentPooling = "mean"
     train_vocabulary: TrainVocabulary = "all"
+    vector_objective: VectorObjective = "regression"
+    code_vector_dim: int | None = None
     action_head: ActionHeadConfig | None = None
     code_source: CodeSource = "predicted"
     codes_loss_weight: float = 1.0
@@ -69,6 +75,7 @@ class BackendConfig:
             "latent_pooling": LatentPooling,
             "code_objective": CodeObjective,
             "train_vocabulary": TrainVocabulary,
+            "vector_objective": VectorObjective,
         }
         for name, known in choices.items():
             if getattr(self, name) not in get_args(known):
@@ -84,6 +91,7 @@ class BackendConfig:
         head = self.action_head
         if head is None or head.code_conditioning == "none":
             return
+        self._check_vectors(head)
         if self.decoding == "free":
             raise ValueError(
                 f"decoding: expected 'constrained' or 'generate' with an action head that is conditioned on codes "
@@ -93,4 +101,20 @@ class BackendConfig:
             raise ValueError(
                 f"code_conditioning=soft: expected decoding='constrained', which gives logits, got {self.decoding!r}. "
                 "Next step: decoding=constrained, or code_conditioning=tokens."
+            )
+
+    def _check_vectors(self, head: ActionHeadConfig) -> None:
+        """A head is conditioned on vectors exactly where vectors are predicted: they are never quantised."""
+        predicts_vectors = self.code_vector_dim is not None
+        if predicts_vectors != (head.code_conditioning == "vector"):
+            expected = "'vector'" if predicts_vectors else "'tokens', 'soft' or 'none'"
+            raise ValueError(
+                f"code_conditioning of action head '{head.kind}': expected {expected} on backend '{self.name}', which "
+                f"predicts {'vectors' if predicts_vectors else 'codes'}, got '{head.code_conditioning}'. "
+                "Next step: choose one of these."
+            )
+        if predicts_vectors and head.code_vector_dim != self.code_vector_dim:
+            raise ValueError(
+                f"code_vector_dim of action head '{head.kind}': expected {self.code_vector_dim}, as the code head "
+                f"predicts, got {head.code_vector_dim}. Next step: take the width of the LAQ's code vectors."
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hlrp_core.backbones.model_core import ModelCore
 from hlrp_core.backends.composed import ComposedBackend
-from hlrp_core.backends.composition import compose_backend
+from hlrp_core.backends.composition import compose_backend, keep_vocabulary
 from hlrp_core.backends.config import BackendConfig
 from hlrp_core.heads.latent_head import LatentHead
 
@@ -15,13 +15,7 @@ def compose_latent_backend(config: BackendConfig, core: ModelCore, *, prompting:
     Raises:
         ValueError: a setting asks for code tokens.
     """
-    if config.train_vocabulary == "code_rows":
-        raise ValueError(
-            f"train_vocabulary: expected 'all' with {config.name}, which adds no code tokens to the vocabulary, got "
-            "'code_rows'. Next step: leave it out, or use a backend that writes codes as tokens."
-        )
-    if core.lm_head.weight is not core.model.get_input_embeddings().weight:
-        core.lm_head.requires_grad_(False)  # nothing is written, so nothing teaches it: an optimizer need not hold it
+    keep_vocabulary(config, core)
     head = LatentHead(
         core.hidden_dim,
         codebook_size=config.codebook_size,

@@ -12,9 +12,10 @@ from hlrp_core.heads.action_head import (
     ContextSizes,
     PrefixEncoding,
 )
+from hlrp_core.heads.code_vectors import hand_over_code_vectors
 from hlrp_core.heads.flow import FlowHead
 from hlrp_core.heads.flow_matching import Guidance
-from hlrp_core.heads.laq_decoder import LAQDecoderHead, hand_over_code_vectors
+from hlrp_core.heads.laq_decoder import LAQDecoderHead
 from hlrp_core.heads.mlp import MLPHead
 from hlrp_core.heads.prefix_flow import PrefixFlowHead
 
@@ -29,7 +30,8 @@ ACTION_HEADS: dict[str, type[ActionHead]] = {
 def build_action_head(
     config: ActionHeadConfig, *, prefix_dim: int | None, codebook_size: int, code_seq_len: int
 ) -> ActionHead:
-    """The head that `config.kind` names, with fresh weights. `laq` still needs `hand_over_code_vectors`.
+    """The head that `config.kind` names, with fresh weights. The table of a `laq` head is still empty, see
+    `hand_over_code_vectors`.
 
     Args:
         config: settings and sizes of the head.

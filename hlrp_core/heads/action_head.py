@@ -1,7 +1,7 @@
 """What every action head is: the boundary between a backbone (or codes) and continuous actions.
 
-Shape legend: B batch, L prefix tokens, W prefix width, S code positions, K codebook size, D state width,
-C chunk length, A action width.
+Shape legend: B batch, L prefix tokens, W prefix width, S code positions, K codebook size, V width of a code
+vector, D state width, C chunk length, A action width.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from hlrp_core.contract import SamplingOptions
 from hlrp_core.heads.flow_matching import Guidance, TimeSampling
+from hlrp_core.heads.layers import CodeEmbedding, VectorEmbedding
 
-CodeConditioning = Literal["none", "tokens", "soft"]
+CodeConditioning = Literal["none", "tokens", "soft", "vector"]
 
 
 @dataclass
@@ -44,9 +45,10 @@ class ActionHeadConfig:
         time_sampling: distribution of the training times: `beta` (Beta(1.5, 1), more weight near the noise,
             as in pi0 and SmolVLA) or `uniform`.
         code_conditioning: how codes reach the head: `tokens` (the predicted code of each position), `soft`
-            (its distribution), `none` (only `prefix_flow` may do without).
+            (its distribution), `vector` (the predicted code vector, of a code head that predicts vectors), `none`
+            (only `prefix_flow` may do without).
         dropout: in the head's layers.
-        code_vector_dim: width of the LAQ's code vectors, for the head `laq` alone.
+        code_vector_dim: width of the LAQ's code vectors, for the head `laq` and `code_conditioning=vector` alone.
 
     Raises:
         ValueError: a setting is out of range, or two do not fit each other.
@@ -142,11 +144,13 @@ class ActionContext:
         state: `[B, D]` float, normalised.
         code_probs: `[B, S, K]` float: one-hot codes (`tokens`) or their distribution (`soft`).
         prefix: the backbone's hidden states.
+        code_vectors: `[B, S, V]` float: standardised code vectors (`vector`), instead of `code_probs`.
     """
 
     state: Tensor | None = None
     code_probs: Tensor | None = None
     prefix: PrefixEncoding | None = None
+    code_vectors: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,7 @@ class ActionHead(nn.Module, abc.ABC):
 
     needs_prefix: ClassVar[bool]
     needs_code_vectors: ClassVar[bool] = False
-    """Whether it decodes the LAQ's own code vectors, which `set_code_vectors` hands to it once."""
+    """Whether it decodes the LAQ's own code vectors, which `hand_over_code_vectors` hands to it once."""
     supports_guidance: ClassVar[bool]
     """Whether `predict` can be steered towards the chunk before it (real-time chunking)."""
 
@@ -186,7 +190,7 @@ class ActionHead(nn.Module, abc.ABC):
         _check(
             self.needs_prefix or config.code_conditioning != "none",
             f"code_conditioning of action head '{config.kind}'",
-            "'tokens' or 'soft'",
+            "'tokens' or 'soft', or 'vector' where vectors are predicted",
             "'none'",
             "Set code_conditioning, or choose the head 'prefix_flow', which can do without codes.",
         )
@@ -196,6 +200,13 @@ class ActionHead(nn.Module, abc.ABC):
             "the width of the backbone's hidden states",
             None,
             "Pass prefix_dim.",
+        )
+        _check(
+            config.code_conditioning != "vector" or config.code_vector_dim is not None,
+            f"code_vector_dim of action head '{config.kind}' with code_conditioning=vector",
+            "the width of the LAQ's code vectors",
+            None,
+            "Set it to laq.code_vector_table().shape[-1].",
         )
         self.config = config
         self.sizes = sizes
@@ -245,11 +256,7 @@ class ActionHead(nn.Module, abc.ABC):
             present.append(("prefix.hidden", prefix.hidden, (None, None, self.sizes.prefix_dim)))
             present.append(("prefix.valid_mask", prefix.valid_mask, (None, prefix.hidden.shape[1])))
         if self.needs_codes:
-            if context.code_probs is None:
-                raise _missing(kind, "code_probs", f"[B, {self.sizes.code_seq_len}, {self.sizes.codebook_size}]")
-            present.append(
-                ("code_probs", context.code_probs, (None, self.sizes.code_seq_len, self.sizes.codebook_size))
-            )
+            present.append((self._codes_field, self.read_codes(context), (None, *self._codes_shape)))
         if self.needs_state:
             if context.state is None:
                 raise _missing(kind, "state", f"[B, {self.config.state_dim}]")
@@ -258,6 +265,26 @@ class ActionHead(nn.Module, abc.ABC):
         for name, tensor, (_, *rest) in present:
             check_shape(f"{name} of action head '{kind}'", tensor, (batch_size, *rest))
         return batch_size
+
+    @property
+    def _codes_field(self) -> str:
+        return "code_vectors" if self.config.code_conditioning == "vector" else "code_probs"
+
+    @property
+    def _codes_shape(self) -> tuple[int, int | None]:
+        is_vector = self.config.code_conditioning == "vector"
+        return self.sizes.code_seq_len, self.config.code_vector_dim if is_vector else self.sizes.codebook_size
+
+    def read_codes(self, context: ActionContext) -> Tensor:
+        """`[B, S, K]` codes or `[B, S, V]` vectors, whichever the head is conditioned on.
+
+        Raises:
+            ValueError: the context has none.
+        """
+        codes = getattr(context, self._codes_field)
+        if codes is None:
+            raise _missing(self.config.kind, self._codes_field, f"[B, {', '.join(map(str, self._codes_shape))}]")
+        return codes
 
     def read_labels(self, actions: Tensor, is_pad: Tensor | None, batch_size: int) -> Tensor:
         """The labels as `[B, C, A]` float32, with 0 in the padded steps, which may hold anything.
@@ -272,6 +299,14 @@ class ActionHead(nn.Module, abc.ABC):
             _check(is_pad.dtype == torch.bool, "action_is_pad", "bool", is_pad.dtype, "True marks padding.")
             actions = actions.masked_fill(is_pad[..., None], 0.0)
         return actions.float()
+
+
+def build_code_embedding(config: ActionHeadConfig, sizes: ContextSizes) -> CodeEmbedding | VectorEmbedding:
+    """What turns `ActionHead.read_codes` into tokens `[B, S, hidden_dim]`."""
+    if config.code_conditioning == "vector":
+        assert config.code_vector_dim is not None  # checked by ActionHead
+        return VectorEmbedding(config.code_vector_dim, sizes.code_seq_len, config.hidden_dim)
+    return CodeEmbedding(sizes.codebook_size, sizes.code_seq_len, config.hidden_dim)
 
 
 def mean_over_steps(error: Tensor, is_pad: Tensor | None) -> Tensor:

@@ -17,12 +17,12 @@ from hlrp_core.heads.action_head import (
     ActionHead,
     ActionHeadConfig,
     ContextSizes,
+    build_code_embedding,
     check_shape,
     mean_over_steps,
 )
 from hlrp_core.heads.expert import ExpertMemory, FlowExpert
 from hlrp_core.heads.flow_matching import Guidance, integrate, interpolate, sample_times, solver_times
-from hlrp_core.heads.layers import CodeEmbedding
 
 Guide = Callable[[Tensor, float, Callable[[Tensor], Tensor]], Tensor]
 
@@ -43,7 +43,7 @@ class FlowHead(ActionHead):
         if self.needs_state:
             parts["state"] = nn.Linear(config.state_dim, config.hidden_dim)
         if self.needs_codes:
-            parts["codes"] = CodeEmbedding(sizes.codebook_size, sizes.code_seq_len, config.hidden_dim)
+            parts["codes"] = build_code_embedding(config, sizes)
         self.memory_tokens = nn.ModuleDict(parts)
         self.expert = FlowExpert(config)
 
@@ -59,8 +59,7 @@ class FlowHead(ActionHead):
             assert context.state is not None
             groups.append(self.memory_tokens["state"](context.state.to(self.dtype))[:, None])
         if self.needs_codes:
-            assert context.code_probs is not None
-            groups.append(self.memory_tokens["codes"](context.code_probs))
+            groups.append(self.memory_tokens["codes"](self.read_codes(context)))
         return [(tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool)) for tokens in groups]
 
     def velocity(self, context: ActionContext, x_t: Tensor, time: Tensor) -> Tensor:
@@ -113,7 +112,7 @@ class FlowHead(ActionHead):
         with torch.inference_mode(False), torch.no_grad():
             noise = self._starting_noise(batch_size, sampling)
             memory = self.encode_memory(context)
-            steps = self.config.num_flow_steps
+            steps = sampling.num_flow_steps or self.config.num_flow_steps
             time = torch.tensor(solver_times(steps), device=noise.device)
             modulations = self.expert.modulation(time).split(1)
 

@@ -58,25 +58,17 @@ class CodeEmbedding(nn.Module):
         return code_probs.to(self.table.dtype) @ self.table + self.positions
 
 
-class CodeVectors(nn.Module):
-    """Codes as a LAQ's own vectors: `[B, S, K]` -> `[B, S, D]`, the expected one of each position.
+class VectorEmbedding(nn.Module):
+    """Code vectors as tokens: `[B, S, D]` -> `[B, S, H]`, projected, plus the position's vector."""
 
-    The vectors `[S, K, D]` are fixed and saved as they are. They are used centred, and scaled by one number for all of
-    them: a LAQ may have them anywhere and of any size, but how they lie to one another says what the codes mean.
-    """
-
-    vectors: Tensor
-
-    def __init__(self, codebook_size: int, code_seq_len: int, dim: int):
+    def __init__(self, code_vector_dim: int, code_seq_len: int, dim: int):
         super().__init__()
         self.dim = dim
-        # NaN until set or loaded: a forgotten table must not pass for one
-        self.register_buffer("vectors", torch.full((code_seq_len, codebook_size, dim), math.nan))
+        self.projection = nn.Linear(code_vector_dim, dim)
+        self.positions = nn.Parameter(torch.randn(code_seq_len, dim) * dim**-0.5)
 
-    def forward(self, code_probs: Tensor) -> Tensor:
-        centred = self.vectors.float() - self.vectors.float().mean(1, keepdim=True)  # (S, K, D)
-        table = centred / centred.square().mean().sqrt().clamp(min=1e-6)
-        return torch.einsum("bsk,skd->bsd", code_probs.float(), table).to(self.vectors.dtype)
+    def forward(self, code_vectors: Tensor) -> Tensor:
+        return self.projection(code_vectors.to(self.projection.weight.dtype)) + self.positions
 
 
 class TimeEmbedding(nn.Module):

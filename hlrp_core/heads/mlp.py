@@ -15,10 +15,11 @@ from hlrp_core.heads.action_head import (
     ActionHead,
     ActionHeadConfig,
     ContextSizes,
+    build_code_embedding,
     mean_over_steps,
 )
 from hlrp_core.heads.flow_matching import Guidance
-from hlrp_core.heads.layers import CodeEmbedding, CodeVectors, GatedMLP, build_dropout, init_near_zero, rms_norm
+from hlrp_core.heads.layers import GatedMLP, build_dropout, init_near_zero, rms_norm
 
 
 class ResidualMLP(nn.Module):
@@ -49,20 +50,19 @@ class MLPHead(ActionHead):
     def __init__(self, config: ActionHeadConfig, sizes: ContextSizes):
         super().__init__(config, sizes)
         H = config.hidden_dim
-        self.codes = self._build_codes()
-        self.layer_in = nn.Linear(sizes.code_seq_len * self.codes.dim + config.state_dim, H)
+        self.codes, code_dim = self._build_codes()
+        self.layer_in = nn.Linear(sizes.code_seq_len * code_dim + config.state_dim, H)
         self.layers = nn.Sequential(*[ResidualMLP(config) for _ in range(config.num_layers)])
         self.layer_out = nn.Linear(H, config.chunk_size * config.action_dim)
 
-    def _build_codes(self) -> CodeEmbedding | CodeVectors:
-        """What turns codes `[B, S, K]` into vectors `[B, S, dim]`."""
-        return CodeEmbedding(self.sizes.codebook_size, self.sizes.code_seq_len, self.config.hidden_dim)
+    def _build_codes(self) -> tuple[nn.Module, int]:
+        """What turns `read_codes` into features `[B, S, dim]`, and their `dim`."""
+        return build_code_embedding(self.config, self.sizes), self.config.hidden_dim
 
     def forward(self, context: ActionContext) -> Tensor:
         """`[B, C, A]` float32."""
         self.check_context(context)
-        assert context.code_probs is not None
-        features = self.codes(context.code_probs).flatten(1)  # (B, S * dim)
+        features = self.codes(self.read_codes(context)).flatten(1)  # (B, S * dim)
         if self.needs_state:
             assert context.state is not None
             features = torch.cat([features, context.state.to(features.dtype)], dim=-1)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from hlrp_core import BackendMode
 from hlrp_core.backends.composed import ComposedBackend
-from hlrp_core.contract import ActionBatch, FoundationBatch, LossOutput
+from hlrp_core.contract import ActionBatch, FoundationBatch, LatentOutput, LossOutput
 from hlrp_core.heads import ACTION_HEADS
+from hlrp_core.registry import get_recipe
 
 CODES, ACTIONS, MULTITASK = BackendMode.CODES, BackendMode.ACTIONS, BackendMode.MULTITASK
 HEADS = sorted(ACTION_HEADS)
@@ -22,6 +23,18 @@ def total_loss(backend: ComposedBackend, batch: FoundationBatch, mode: BackendMo
     """The loss with fixed flow noise."""
     torch.manual_seed(seed)
     return backend.loss_from_batch(batch, mode=mode)
+
+
+def predicted(latent: LatentOutput) -> Tensor:
+    """What the head computed: logits `[B, S, K]`, or vectors `[B, S, D]` of a backend of continuous latents."""
+    values = latent.vector if latent.logits is None else latent.logits
+    assert values is not None
+    return values
+
+
+def conditioning_of(name: str, usual: str = "tokens") -> str:
+    """`usual`, or what takes its place where vectors are predicted."""
+    return "vector" if get_recipe(name).predicts_vectors else usual
 
 
 def gradients(backend: ComposedBackend) -> dict[str, Tensor]:

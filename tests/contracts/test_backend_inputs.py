@@ -6,7 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from backend_helpers import ACTIONS, ALL_HEADS, CODES, assert_unchanged, rows_of, snapshot, total_loss
+from backend_helpers import (
+    ACTIONS,
+    ALL_HEADS,
+    CODES,
+    assert_unchanged,
+    conditioning_of,
+    predicted,
+    rows_of,
+    snapshot,
+    total_loss,
+)
 
 from hlrp_core import (
     SamplingOptions,
@@ -32,7 +42,7 @@ def test_other_frames_change_nothing(build, head):
             assert output.metrics.keys() == losses[0].metrics.keys()
         if mode != ACTIONS:
             latents = [backend.latent_from_batch(each, mode=mode) for each in (batch, other, alone)]
-            assert all(torch.equal(latent.logits, latents[0].logits) for latent in latents)
+            assert all(torch.equal(predicted(latent), predicted(latents[0])) for latent in latents)
     if head is not None:
         noise = SamplingOptions(noise=torch.randn(3, 4, 2))
         chunks = [backend.predict_action_chunk(each, sampling=noise).actions for each in (batch, other, alone)]
@@ -42,15 +52,15 @@ def test_other_frames_change_nothing(build, head):
 def test_frame_t_and_the_words_do_change_the_prediction(build):
     backend = build()
     batch = fake_batch(backend)
-    logits = backend.latent_from_batch(batch, mode=CODES).logits
-    seen = backend.latent_from_batch(replace(batch, frames=255 - batch.frames), mode=CODES).logits
-    heard = backend.latent_from_batch(replace(batch, instructions=["stop", "stop", "stop"]), mode=CODES).logits
+    logits = predicted(backend.latent_from_batch(batch, mode=CODES))
+    seen = predicted(backend.latent_from_batch(replace(batch, frames=255 - batch.frames), mode=CODES))
+    heard = predicted(backend.latent_from_batch(replace(batch, instructions=["stop", "stop", "stop"]), mode=CODES))
     assert (seen - logits).abs().amax((1, 2)).min() > 0
     assert (heard - logits).abs().amax((1, 2)).min() > 0
 
 
-def test_labels_change_no_prediction(build):
-    backend = build("prefix_flow", code_conditioning="tokens")
+def test_labels_change_no_prediction(name, build):
+    backend = build("prefix_flow", code_conditioning=conditioning_of(name))
     batch = fake_batch(backend)
     noise = SamplingOptions(noise=torch.randn(3, 4, 2))
     bare = ActionBatch(batch.frames, batch.instructions, state=batch.state)
@@ -59,7 +69,7 @@ def test_labels_change_no_prediction(build):
         backend.predict_action_chunk(bare, sampling=noise).actions,
     )
     assert torch.equal(
-        backend.latent_from_batch(batch, mode=CODES).logits, backend.latent_from_batch(bare, mode=CODES).logits
+        predicted(backend.latent_from_batch(batch, mode=CODES)), predicted(backend.latent_from_batch(bare, mode=CODES))
     )
 
 
@@ -72,11 +82,13 @@ def test_order_and_size_of_the_batch_change_nothing(build, head):
     batch = fake_batch(backend, batch_size=4)
     noise = torch.randn(4, 4, 2)
     order = [3, 1, 0, 2]
-    codes = backend.latent_from_batch(batch, mode=CODES).logits
+    codes = predicted(backend.latent_from_batch(batch, mode=CODES))
     per_sample = total_loss(backend, batch, CODES).per_sample
     for rows in (order, [2], [0, 3]):
         part = rows_of(batch, rows)
-        torch.testing.assert_close(backend.latent_from_batch(part, mode=CODES).logits, codes[rows], rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            predicted(backend.latent_from_batch(part, mode=CODES)), codes[rows], rtol=0, atol=1e-4
+        )
         torch.testing.assert_close(total_loss(backend, part, CODES).per_sample, per_sample[rows], rtol=0, atol=1e-4)
     if head is not None:
         actions = backend.predict_action_chunk(batch, sampling=SamplingOptions(noise=noise)).actions
@@ -97,7 +109,7 @@ def test_batches_and_modes_are_left_as_they_were(build, head):
         total_loss(backend, batch, mode)
         if mode != ACTIONS:
             latent = backend.latent_from_batch(batch, mode=mode)
-            assert not latent.logits.requires_grad
+            assert not predicted(latent).requires_grad
     if head is not None:
         assert not backend.predict_action_chunk(batch).actions.requires_grad
     assert {key: module.training for key, module in backend.named_modules()} == were

@@ -1,6 +1,7 @@
 """What every backend promises: its modes, and its life. A new backend is tested by being registered.
 
-Shape legend: B batch, S code positions, K codebook size, C chunk length, A action width.
+Shape legend: B batch, S code positions, K codebook size, D width of a code vector, C chunk length,
+A action width.
 """
 
 from __future__ import annotations
@@ -9,10 +10,21 @@ import copy
 
 import pytest
 import torch
-from backend_helpers import ACTIONS, ALL_HEADS, CODES, HEADS, MULTITASK, gradients, total_loss
+from backend_helpers import (
+    ACTIONS,
+    ALL_HEADS,
+    CODES,
+    HEADS,
+    MULTITASK,
+    conditioning_of,
+    gradients,
+    predicted,
+    total_loss,
+)
 
 from hlrp_core import ActionPolicyBackend, BackendMode, UnsupportedModeError, VLABackend
 from hlrp_core.backends.fake_batch import fake_batch
+from hlrp_core.registry import get_recipe
 
 # -- protocol and modes -----------------------------------------------------------------------------------------------
 
@@ -60,24 +72,32 @@ def test_mode_must_be_said(build):
         build().loss_from_batch(fake_batch(build()), mode="kodes")
 
 
-def test_metrics_of_each_mode(build):
+def test_metrics_of_each_mode(name, build):
     backend = build("prefix_flow").train()
     batch = fake_batch(backend)
     codes = {"codes_loss", "code_accuracy", "constant_accuracy"}
+    if get_recipe(name).predicts_vectors:
+        codes |= {"vector_loss", "constant_vector_loss"}
     assert set(total_loss(backend, batch, CODES).metrics) == codes
     assert set(total_loss(backend, batch, ACTIONS).metrics) == {"actions_loss"}
     assert set(total_loss(backend, batch, MULTITASK).metrics) == {*codes, "actions_loss"}
 
 
 @pytest.mark.parametrize("head", ALL_HEADS)
-def test_shapes_of_predictions(build, head):
+def test_shapes_of_predictions(name, build, head):
     backend = build(head)
     batch = fake_batch(backend)
     latent = backend.latent_from_batch(batch, mode=CODES)
-    assert latent.tokens.shape == (3, 4)
-    assert latent.tokens.dtype == torch.long
-    assert latent.logits.shape == (3, 4, 8)
-    assert torch.equal(latent.logits.argmax(-1), latent.tokens)
+    if get_recipe(name).predicts_vectors:
+        assert latent.vector.shape == (3, 4, 2)
+        assert latent.vector.dtype == torch.float32
+        assert (latent.tokens, latent.logits) == (None, None)  # nothing is quantised
+    else:
+        assert latent.tokens.shape == (3, 4)
+        assert latent.tokens.dtype == torch.long
+        assert latent.logits.shape == (3, 4, 8)
+        assert torch.equal(latent.logits.argmax(-1), latent.tokens)
+        assert latent.vector is None
     if head is not None:
         output = backend.predict_action_chunk(batch)
         assert output.actions.shape == (3, 4, 2)
@@ -92,24 +112,24 @@ def test_shapes_of_predictions(build, head):
 def test_setup_may_be_called_again(build):
     backend = build()
     batch = fake_batch(backend)
-    before = backend.latent_from_batch(batch, mode=CODES).logits
+    before = predicted(backend.latent_from_batch(batch, mode=CODES))
     names = list(backend.state_dict())
     backend.setup(device=torch.device("cpu"))
     assert list(backend.state_dict()) == names
-    assert torch.equal(backend.latent_from_batch(batch, mode=CODES).logits, before)
+    assert torch.equal(predicted(backend.latent_from_batch(batch, mode=CODES)), before)
 
 
 def test_a_deep_copy_is_independent(build):
     backend = build()
     twin = copy.deepcopy(backend)
     batch = fake_batch(backend)
-    before = backend.latent_from_batch(batch, mode=CODES).logits
-    assert torch.equal(twin.latent_from_batch(batch, mode=CODES).logits, before)
+    before = predicted(backend.latent_from_batch(batch, mode=CODES))
+    assert torch.equal(predicted(twin.latent_from_batch(batch, mode=CODES)), before)
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.mul_(1.5)
-    assert torch.equal(backend.latent_from_batch(batch, mode=CODES).logits, before)
-    assert not torch.equal(twin.latent_from_batch(batch, mode=CODES).logits, before)
+    assert torch.equal(predicted(backend.latent_from_batch(batch, mode=CODES)), before)
+    assert not torch.equal(predicted(twin.latent_from_batch(batch, mode=CODES)), before)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -133,8 +153,8 @@ def test_frozen_parts_get_no_gradient_and_learning_parts_do(build, head):
     assert sum(bool(grad.any()) for grad in trained.values()) > 0.9 * len(trained)
 
 
-def test_inference_mode_leaves_nothing_that_breaks_training(build):
-    backend = build("prefix_flow", code_conditioning="tokens")
+def test_inference_mode_leaves_nothing_that_breaks_training(name, build):
+    backend = build("prefix_flow", code_conditioning=conditioning_of(name))
     batch = fake_batch(backend)
     with torch.inference_mode():
         backend.latent_from_batch(batch, mode=CODES)
@@ -158,9 +178,10 @@ def test_a_few_steps_lower_every_loss(build):
         assert losses[-1] < losses[0], mode
 
 
-def test_multitask_encodes_the_prefix_once(build):
+def test_multitask_encodes_the_prefix_once(name, build):
     """Whatever the number of losses: one run of the core over the prompt, and short continuations over its cache."""
-    for head, conditioning in (("prefix_flow", "none"), ("prefix_flow", "tokens"), ("mlp", "tokens"), ("flow", "soft")):
+    for head, usual in (("prefix_flow", "none"), ("prefix_flow", "tokens"), ("mlp", "tokens"), ("flow", "soft")):
+        conditioning = usual if usual == "none" else conditioning_of(name, usual)
         backend = build(head, code_conditioning=conditioning).train()
         batch = fake_batch(backend)
         prompt_len = backend._prompt(batch, for_prediction=True).tokens.ids.shape[1]
@@ -176,12 +197,12 @@ def test_multitask_encodes_the_prefix_once(build):
 
 
 @pytest.mark.parametrize("decoding", ["generate", "free"])
-def test_code_conditioned_heads_and_decodings(build, decoding):
+def test_code_conditioned_heads_and_decodings(name, build, decoding):
     if decoding == "free":
         with pytest.raises(ValueError, match="constrained"):
             build("mlp", decoding="free")
     else:
         backend = build("mlp", decoding="generate")
         assert backend.predict_action_chunk(fake_batch(backend)).actions.shape == (3, 4, 2)
-    with pytest.raises(ValueError, match="constrained"):
+    with pytest.raises(ValueError, match="'vector'" if get_recipe(name).predicts_vectors else "constrained"):
         build("flow", code_conditioning="soft", decoding=decoding)

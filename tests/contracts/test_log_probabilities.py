@@ -1,4 +1,4 @@
-"""The log-probability of given codes, of every registered backend."""
+"""The log-probability of given codes, of every registered backend that predicts codes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import pytest
 import torch
 from backend_helpers import CODES
 
-from hlrp_core import (
-    SamplingOptions,
-)
+from hlrp_core import SamplingOptions, available_backends
 from hlrp_core.backends.fake_batch import fake_batch
 from hlrp_core.contract import FoundationBatch
 from hlrp_core.prompting.prompt import PromptConfig
+from hlrp_core.registry import get_recipe
+
+PREDICTS_CODES = [name for name in available_backends() if not get_recipe(name).predicts_vectors]
+
+
+@pytest.fixture(params=PREDICTS_CODES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 def same_sample(batch: FoundationBatch, size: int) -> FoundationBatch:

@@ -31,9 +31,9 @@ def test_what_codes_mean_depends_on_the_vectors_geometry_alone(build, make_conte
     expected = head.predict(context, SamplingOptions())
     raw = head.codes.vectors.clone()
     for offset, scale in ((0.0, 100.0), (5.0, 0.01)):
-        head.set_code_vectors(raw * scale + offset)
+        head.codes.set_vectors(raw * scale + offset)
         torch.testing.assert_close(head.predict(context, SamplingOptions()), expected, atol=1e-4, rtol=1e-3)
-    head.set_code_vectors(raw * torch.tensor([1.0, 0.1, 1.0])[:, None, None])
+    head.codes.set_vectors(raw * torch.tensor([1.0, 0.1, 1.0])[:, None, None])
     assert not torch.allclose(head.predict(context, SamplingOptions()), expected, atol=1e-3)
 
 
@@ -55,7 +55,7 @@ def test_forgotten_vectors_cannot_pass_for_some(make_context) -> None:
 
 def test_equal_vectors_say_nothing_and_break_nothing(make_context) -> None:
     head = fresh(code_vector_dim=2)
-    head.set_code_vectors(torch.zeros(3, 6, 2))  # an untrained learnt codebook
+    head.codes.set_vectors(torch.zeros(3, 6, 2))  # an untrained learnt codebook
     assert head.predict(make_context(), SamplingOptions()).isfinite().all()
 
 
@@ -68,8 +68,8 @@ def test_vectors_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"got None.*code_vector_table"):
         hand_over_code_vectors(head, None)
     mlp = build_action_head(ActionHeadConfig(kind="mlp", code_conditioning="tokens"), **SIZES)
-    for other, words in ((mlp, "'mlp'"), (None, "none")):
-        with pytest.raises(ValueError, match=f"decodes them.*got {words}"):
+    for other in (mlp, None):
+        with pytest.raises(ValueError, match=r"decodes them.*got neither"):
             hand_over_code_vectors(other, torch.zeros(3, 6, 2))
 
 
@@ -87,7 +87,7 @@ def test_near_codes_are_near_before_anything_is_learnt() -> None:
     )
     head = build_action_head(config, prefix_dim=None, codebook_size=6, code_seq_len=1)
     levels = torch.linspace(-1, 1, 6)
-    head.set_code_vectors(levels.view(1, 6, 1))
+    head.codes.set_vectors(levels.view(1, 6, 1))
     seen = torch.tensor([0, 1, 3, 5])  # codes 2 and 4 never occur in training
 
     def context(codes):

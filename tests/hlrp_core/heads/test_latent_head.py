@@ -15,7 +15,8 @@ from hlrp_core.bundle import build_saved_backend, load_backend, save_pretrained
 from hlrp_core.contract import BackendMode, SamplingOptions
 from hlrp_core.heads.action_head import PrefixEncoding
 from hlrp_core.heads.code_head import BackboneEncoding
-from hlrp_core.heads.latent_head import POOLINGS, LatentHead, QueryPooling
+from hlrp_core.heads.latent_head import LatentHead
+from hlrp_core.heads.pooled_readout import POOLINGS, QueryPooling
 
 W, K, S = 12, 6, 3
 LENGTHS = [7, 1, 4, 3]
