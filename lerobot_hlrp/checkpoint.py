@@ -41,7 +41,7 @@ def build_new_backend(config: HLRPConfig) -> ComposedBackend:
         "Set --policy.backbone, or start from a checkpoint with --policy.path.",
     )
     assert config.backbone is not None
-    vectors = read_code_vectors(config)
+    vectors = read_code_vectors(config, has_new_code_head=True)
     settings = dict(vars(build_backend_config(config, code_vector_dim=_width(vectors))))
     config.codebook_size, config.code_seq_len = settings["codebook_size"], settings["code_seq_len"]
     return make_backend(
@@ -70,15 +70,16 @@ def load_saved_backend(
     """
     manifest = read_manifest(folder)
     saved = config_from_dict(manifest["backend"])
+    _expect_same_code_head(config, saved, folder)
     _expect_same_backbone(config, manifest["extra"].get("backbone"), folder)
     _expect_same_code_vectors(config, saved, manifest["extra"].get("laq") or {}, folder)
     is_new_head = saved.action_head is None
     if dataset_meta is not None:
         adopt_features(config, dataset_to_policy_features(dataset_meta.features), with_state=is_new_head)
-    vectors = read_code_vectors(config) if is_new_head else None
+    vectors = read_code_vectors(config, has_new_code_head=False) if is_new_head else None
     settings = build_backend_config(config, saved, code_vector_dim=_width(vectors))
     backend = build_saved_backend(folder, config=settings)
-    if is_new_head:
+    if is_new_head:  # a code head that predicts vectors has its own among the weights
         hand_over_code_vectors(backend.action_head, vectors)
     config.codebook_size, config.code_seq_len = saved.codebook_size, saved.code_seq_len
     load_tensors(backend, folder / WEIGHTS, new_parts=(_HEAD,) if is_new_head else ())
@@ -97,16 +98,31 @@ def _expect_same_backbone(config: HLRPConfig, built_on: str | None, folder: Path
     )
 
 
+def _expect_same_code_head(config: HLRPConfig, saved: BackendConfig, folder: Path) -> None:
+    heads = {name: code_head for (_, code_head), name in config.backends.items()}
+    expect(
+        heads.get(saved.name) == config.code_head,
+        "code_head",
+        f"{heads.get(saved.name)}, as in the checkpoint {folder}",
+        config.code_head,
+        "Leave --policy.code_head out, or train a new stage 2 with --policy.type.",
+    )
+
+
 def _expect_same_code_vectors(config: HLRPConfig, saved: BackendConfig, laq: dict[str, Any], folder: Path) -> None:
-    """A saved head that decodes a LAQ's vectors cannot go on with the codes of another."""
-    if saved.action_head is None or saved.action_head.code_vector_dim is None:
+    """A saved head that predicts or decodes a LAQ's vectors cannot go on with the codes of another."""
+    if saved.code_vector_dim is not None:
+        head, next_step = "code head", "train a new stage 2"
+    elif saved.action_head is not None and saved.action_head.code_vector_dim is not None:
+        head, next_step = "action head", "start from a checkpoint without an action head (stage 2)"
+    else:
         return
     expect(
         config.laq_hash == laq.get("hash"),
         "laq_hash",
-        f"{laq.get('hash')}, the LAQ whose code vectors the action head in {folder} decodes",
+        f"{laq.get('hash')}, the LAQ whose code vectors the {head} in {folder} has",
         config.laq_hash,
-        "Leave --policy.laq_hash out; for another LAQ start from a checkpoint without an action head (stage 2).",
+        f"Leave --policy.laq_hash out; for another LAQ {next_step}.",
     )
 
 

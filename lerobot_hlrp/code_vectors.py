@@ -1,4 +1,5 @@
-"""The LAQ's own code vectors, for an action head that decodes them (`--policy.action_head=laq`).
+"""The LAQ's own code vectors, for a code head that predicts them (`--policy.code_head=vector`) or an action head that
+decodes them (`--policy.action_head=laq`).
 
 They are read once, when the head is new, and saved with it.
 """
@@ -7,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hlrp_core.heads import ACTION_HEADS
 from lerobot_hlrp.expectation import expect
 from lerobot_hlrp.label_sources import OnlineLabels, adopt_facts
 
@@ -17,23 +17,32 @@ if TYPE_CHECKING:
     from lerobot_hlrp.policy_config import HLRPConfig
 
 
-def read_code_vectors(config: HLRPConfig) -> Tensor | None:
-    """Code vectors `[S, K, D]` of the LAQ that the config names; None where its action head decodes none.
+def read_code_vectors(config: HLRPConfig, *, has_new_code_head: bool) -> Tensor | None:
+    """Code vectors `[S, K, D]` from the LAQ or the code table that the config names; None where no new head has any.
 
-    What the LAQ fixes (sizes, frame gap, hash) is written into the config where it left that open.
+    What a LAQ fixes (sizes, frame gap, hash) is written into the config where it left that open.
+
+    Args:
+        has_new_code_head: the code head is not from a checkpoint. The action head always is new here.
 
     Raises:
-        ValueError: no LAQ is named, or it is not the one whose codes the policy predicts.
+        ValueError: nothing that has vectors is named, or a LAQ that is not the one whose codes the policy predicts.
     """
-    if config.action_head is None or not ACTION_HEADS[config.action_head].needs_code_vectors:
+    if has_new_code_head and config.predicts_vectors:
+        wanted = f"code_head={config.code_head}"
+    elif config.decodes_code_vectors:
+        wanted = f"action_head={config.action_head}"
+    else:
         return None
     name = config.laq_weights or config.laq
+    if name is None and config.codes is not None:
+        return _read_from_table(config.codes, wanted)
     expect(
         name is not None,
-        f"LAQ for action_head={config.action_head}",
-        "its folder or Hub id, as the head decodes its code vectors",
-        "a code table, which holds codes alone" if config.codes else None,
-        "Set --policy.laq_weights" + (" beside --policy.codes." if config.codes else ", or --policy.laq."),
+        f"LAQ for {wanted}",
+        "its folder or Hub id, for its code vectors",
+        None,
+        "Set --policy.laq_weights, or --policy.laq or --policy.codes.",
     )
     assert name is not None
     from hlrp_core.laq.quantizer import LatentActionQuantizer
@@ -42,3 +51,18 @@ def read_code_vectors(config: HLRPConfig) -> Tensor | None:
     source = OnlineLabels(laq, name, config.camera or "", frame_gap=config.frame_gap)
     adopt_facts(config, source)
     return source.laq.code_vector_table()
+
+
+def _read_from_table(path: str, wanted: str) -> Tensor:
+    from hlrp_core.laq.code_table import CodeTable
+
+    vectors = CodeTable.load(path).vectors
+    expect(
+        vectors is not None,
+        f"LAQ for {wanted}",
+        "code vectors, in the code table or of a LAQ beside it",
+        f"a code table with codes alone ({path})",
+        "Name the LAQ that made it with --policy.laq_weights, or label the dataset anew with hlrp-label.",
+    )
+    assert vectors is not None
+    return vectors

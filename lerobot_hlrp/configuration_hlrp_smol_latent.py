@@ -15,9 +15,13 @@ from lerobot_hlrp.policy_config import HLRPConfig
 class HLRPSmolLatentConfig(HLRPConfig):
     """Latent actions on a backbone of the SmolVLM2 family, read off its hidden states by a small head."""
 
-    backends: ClassVar[dict[tuple[str, str], str]] = {("plain", "latent"): "smol_latent_head"}
+    backends: ClassVar[dict[tuple[str, str], str]] = {
+        ("plain", "latent"): "smol_latent_head",
+        ("plain", "vector"): "smol_vector_head",
+    }
 
     # How the instruction becomes a prompt: `plain`, as nothing is generated from it.
     prompting: str = "plain"
-    # How codes are predicted: `latent` reads them off the prompt's hidden states.
+    # How codes are predicted: `latent` reads them off the prompt's hidden states, `vector` the LAQ's continuous code
+    # vectors.
     code_head: str = "latent"

@@ -25,11 +25,15 @@ def build_backend_config(
     Args:
         config: with its features settled, and its code sizes filled in from the labels.
         saved: settings of the checkpoint that is loaded; sizes that its weights fix come from there.
-        code_vector_dim: width of the LAQ's code vectors, for a new action head that decodes them.
+        code_vector_dim: width of the LAQ's code vectors, for a new head that predicts or decodes them.
 
     Raises:
         ValueError: a size is not known, or settings do not fit each other or the checkpoint.
     """
+    predicted_dim = None
+    if config.predicts_vectors:
+        predicted_dim = code_vector_dim if saved is None else saved.code_vector_dim
+        code_vector_dim = predicted_dim
     return BackendConfig(
         name=config.backends[config.prompting, config.code_head],
         codebook_size=_code_size(config, "codebook_size", saved),
@@ -42,6 +46,8 @@ def build_backend_config(
         code_objective=config.code_objective,  # type: ignore[arg-type]
         latent_pooling=config.latent_pooling,  # type: ignore[arg-type]
         train_vocabulary=config.train_vocabulary,  # type: ignore[arg-type]
+        vector_objective=config.vector_objective,  # type: ignore[arg-type]
+        code_vector_dim=predicted_dim,
         action_head=_build_head_config(config, saved.action_head if saved is not None else None, code_vector_dim),
         code_source=config.code_source,  # type: ignore[arg-type]
         codes_loss_weight=config.codes_loss_weight,

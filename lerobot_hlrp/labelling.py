@@ -117,7 +117,7 @@ def label_dataset(
         laq_id=laq_id,
         laq_hash=laq_hash,
     )
-    table = CodeTable(partial.codes, partial.valid, header)
+    table = CodeTable(partial.codes, partial.valid, header, laq.code_vector_table())
     table.save(output)
     partial.delete()
     return table

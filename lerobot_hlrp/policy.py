@@ -81,7 +81,9 @@ class HLRPPolicy(PreTrainedPolicy):
         )
         self._tensor_names = unique_names(self.backend)  # before anything wraps or shards the modules
         self._no_split_modules = self._layer_classes()
-        self._metrics = {name: 0.0 for objective in config.objectives for name in _METRICS[objective]}
+        # what each loss reports, in this order
+        reported = {"codes": ("codes_loss", *self.backend.code_head.metric_names), "actions": ("actions_loss",)}
+        self._metrics = {name: 0.0 for objective in config.objectives for name in reported[objective]}
         self.init_rtc_processor()
         self.reset()
 
@@ -182,7 +184,7 @@ class HLRPPolicy(PreTrainedPolicy):
             return self.backend.predict_action_chunk(self.reader.read_observation(batch), sampling=sampling).actions
 
     def predict_codes(self, batch: dict[str, Any], sampling: SamplingOptions | None = None) -> LatentOutput:
-        """Codes for a preprocessed batch, from frame t and the instruction alone."""
+        """Codes or vectors for a preprocessed batch, from frame t and the instruction alone."""
         observation = self.reader.read_observation(batch)
         with self._precision():
             return self.backend.latent_from_batch(observation, mode=BackendMode.CODES, sampling=sampling)
@@ -289,10 +291,6 @@ class HLRPPolicy(PreTrainedPolicy):
             )
         backend = load_saved_backend(folder, loaded, dataset_meta)
         return cls(loaded, backend=backend, dataset_meta=dataset_meta, **kwargs).eval()
-
-
-# What each loss reports, in this order.
-_METRICS = {"codes": ("codes_loss", "code_accuracy", "constant_accuracy"), "actions": ("actions_loss",)}
 
 
 def _state_dim(config: HLRPConfig, backend: ComposedBackend) -> int:

@@ -62,7 +62,8 @@ class HLRPConfig(PreTrainedConfig):
     backbone: str | None = None
     # How the instruction becomes a prompt: `chat` (the processor's own template) or `plain`.
     prompting: str = "chat"
-    # How codes are predicted: `tokens` writes them as text, `latent` reads them off the prompt's hidden states.
+    # How codes are predicted: `tokens` writes them as text, `latent` reads them off the prompt's hidden states;
+    # `vector` reads the LAQ's continuous code vectors off these.
     code_head: str = "tokens"
     # K, the codes that a position can take. By default that of the labels or of the checkpoint.
     codebook_size: int | None = None
@@ -75,10 +76,13 @@ class HLRPConfig(PreTrainedConfig):
     # What the loss on codes is a mean of (code_head=tokens): the whole `completion`, `codes_only`, or `restricted` to
     # the K code rows of the vocabulary at the code positions.
     code_objective: str = "completion"
-    # How hidden states become codes (code_head=latent): from their `mean`, the `last` one, or by a learned `query`.
+    # How hidden states become codes (code_head=latent) or vectors (code_head=vector, by regression): from their `mean`,
+    # the `last` one, or by a learned `query`.
     latent_pooling: str = "mean"
     # What is trained of the vocabulary's tables (code_head=tokens): `all` of them, or the `code_rows` alone.
     train_vocabulary: str = "all"
+    # How vectors are learned (code_head=vector): `regression` of their mean, or a `flow` that draws them from noise.
+    vector_objective: str = "regression"
     # Pixels along an image's side, as the backbone sees it. By default as the backbone's processor has it.
     image_size: int | None = None
     # An image as several tiles of `image_size` (hlrp_smolvlm, hlrp_smol_latent): sharper, and many times the tokens.
@@ -118,10 +122,12 @@ class HLRPConfig(PreTrainedConfig):
 
     # `mlp`, `flow`, `prefix_flow` or `laq`; by default the policy predicts codes alone.
     action_head: str | None = None
-    # Folder or Hub id of the LAQ whose code vectors a new action_head=laq takes over, where `laq` does not name it.
+    # Folder or Hub id of the LAQ whose code vectors a new code_head=vector or action_head=laq takes over, where `laq`
+    # does not name it and the code table lacks them.
     laq_weights: str | None = None
     action_expert: ActionExpertConfig = field(default_factory=ActionExpertConfig)  # type: ignore[valid-type]
-    # How codes reach the action head: `tokens`, `soft` or `none`. By default `none` for prefix_flow, else `tokens`.
+    # How codes reach the action head: `tokens`, `soft` or `none`; with code_head=vector: `vector` or `none`. By default
+    # `none` for prefix_flow.
     code_conditioning: str | None = None
     # Codes that a code-conditioned action head trains on: `predicted`, as it will see them, or `teacher`.
     code_source: str = "predicted"
@@ -207,10 +213,10 @@ class HLRPConfig(PreTrainedConfig):
             "Leave one of --policy.codes and --policy.laq out.",
         )
         expect(
-            self.laq_weights is None or self._decodes_code_vectors,
+            self.laq_weights is None or self.predicts_vectors or self.decodes_code_vectors,
             "laq_weights",
-            "action_head=laq beside it, which alone reads it",
-            f"action_head={self.action_head}",
+            "action_head=laq or code_head=vector beside it, which alone read it",
+            f"action_head={self.action_head}, code_head={self.code_head}",
             "Leave --policy.laq_weights out; labels come from --policy.laq.",
         )
         expect(self.frame_gap is None or self.frame_gap >= 1, "frame_gap", "1 or more", self.frame_gap, "Raise it.")
@@ -256,11 +262,20 @@ class HLRPConfig(PreTrainedConfig):
     def resolved_code_conditioning(self) -> str:
         if self.code_conditioning is not None:
             return self.code_conditioning
-        return "none" if self.action_head is None or ACTION_HEADS[self.action_head].needs_prefix else "tokens"
+        if self.action_head is None or ACTION_HEADS[self.action_head].needs_prefix:
+            return "none"
+        return "vector" if self.predicts_vectors else "tokens"
 
     @property
-    def _decodes_code_vectors(self) -> bool:
-        return self.action_head is not None and ACTION_HEADS[self.action_head].needs_code_vectors
+    def predicts_vectors(self) -> bool:
+        return self.code_head == "vector"
+
+    @property
+    def decodes_code_vectors(self) -> bool:
+        """Whether the action head has a table of the LAQ's vectors; predicted vectors it takes as they are."""
+        if self.action_head is None or self.predicts_vectors:
+            return False
+        return ACTION_HEADS[self.action_head].needs_code_vectors
 
     # -- what LeRobot asks for ------------------------------------------------------------------------------------
 

@@ -6,8 +6,12 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -148,9 +152,12 @@ def other_laq(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def code_table(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A code table of a dataset, with codes that follow from the frame index. K=8, S=4, a frame gap of 3."""
+    """A code table of a dataset, with codes that follow from the frame index. K=8, S=4, a frame gap of 3.
 
-    def write(root: Path, **header) -> Path:
+    It has code vectors only where they are given.
+    """
+
+    def write(root: Path, *, vectors: Tensor | None = None, **header) -> Path:
         import torch
         from lerobot.datasets import LeRobotDatasetMetadata
 
@@ -167,7 +174,7 @@ def code_table(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         ends = torch.tensor(meta.episodes["dataset_to_index"])
         last = ends[torch.searchsorted(ends, frames, right=True)]  # of each frame's episode, exclusive
         path = tmp_path_factory.mktemp("codes") / "table.safetensors"
-        CodeTable(codes, frames + facts["frame_gap"] < last, CodeTableHeader(**facts)).save(path)
+        CodeTable(codes, frames + facts["frame_gap"] < last, CodeTableHeader(**facts), vectors).save(path)
         return path
 
     return write
@@ -212,7 +219,7 @@ def make_tiny_policy(tiny_backbone: Callable[[str], Path], tiny_laq: Path) -> Ca
         settings = {"codebook_size": 8, "code_seq_len": 4, "chunk_size": 4, "n_action_steps": 3, **settings}
         if mode != "codes":
             settings.setdefault("action_head", "prefix_flow")
-        if settings.get("action_head") == "laq":
+        if settings.get("action_head") == "laq" or settings.get("code_head") == "vector":
             settings.setdefault("laq_weights", str(tiny_laq))
         config = make_policy_config(policy_type, mode=mode, device="cpu", **settings)
         family = get_recipe(config.backends[config.prompting, config.code_head]).family

@@ -190,9 +190,10 @@ class ActionHead(nn.Module, abc.ABC):
         _check(
             self.needs_prefix or config.code_conditioning != "none",
             f"code_conditioning of action head '{config.kind}'",
-            "'tokens' or 'soft', or 'vector' where vectors are predicted",
+            "'tokens' or 'soft'",
             "'none'",
-            "Set code_conditioning, or choose the head 'prefix_flow', which can do without codes.",
+            "Set code_conditioning (to 'vector' where vectors are predicted), or choose the head 'prefix_flow', which can "
+            "do without codes.",
         )
         _check(
             not self.needs_prefix or sizes.prefix_dim is not None,

@@ -1,11 +1,12 @@
 """A code table: the codes of every frame of one dataset, in one safetensors file.
 
     codes [N, S] int16/int32, valid [N] bool     by global frame index
+    vectors [S, K, D] float32                    the LAQ's own vector of each code at each position; not in old tables
     header: JSON with the dataset's id and fingerprint, Δ, T, S, K, and the LAQ's id and hash
 
 A frame whose pair would cross the end of its episode is not valid and never supervises.
 
-Shape legend: N frames of the dataset, B lookups, S codes of a label, K codebook size.
+Shape legend: N frames of the dataset, B lookups, S codes of a label, K codebook size, D width of a code vector.
 """
 
 from __future__ import annotations
@@ -57,17 +58,24 @@ class CodeTable:
         codes: `[N, S]` integers; anything where `valid` is False.
         valid: `[N]` bool.
         header: where they come from.
+        vectors: `[S, K, D]`, the LAQ's `code_vector_table()`; None in a table that says nothing of them.
     """
 
-    def __init__(self, codes: Tensor, valid: Tensor, header: CodeTableHeader):
+    def __init__(self, codes: Tensor, valid: Tensor, header: CodeTableHeader, vectors: Tensor | None = None):
         if codes.ndim != 2 or codes.shape[1] != header.code_seq_len or valid.shape != codes.shape[:1]:
             raise ValueError(
                 f"code table: expected codes [N, {header.code_seq_len}] and valid [N], got {tuple(codes.shape)} and "
                 f"{tuple(valid.shape)}"
             )
+        if vectors is not None and vectors.shape[:-1] != (header.code_seq_len, header.codebook_size):
+            raise ValueError(
+                f"code table: expected vectors [{header.code_seq_len}, {header.codebook_size}, D], got "
+                f"{tuple(vectors.shape)}. Next step: take those of the LAQ that made the codes."
+            )
         self.codes = codes
         self.valid = valid
         self.header = header
+        self.vectors = vectors
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -130,6 +138,8 @@ class CodeTable:
         scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         dtype = torch.int16 if self.codebook_size <= 2**15 else torch.int32
         tensors = {"codes": self.codes.to(dtype).contiguous(), "valid": self.valid.contiguous()}
+        if self.vectors is not None:
+            tensors["vectors"] = self.vectors.cpu().contiguous()
         save_file(tensors, scratch, metadata={"header": json.dumps(asdict(self.header))})
         scratch.replace(path)
 
@@ -151,4 +161,5 @@ class CodeTable:
                     f"code table: expected one of schema {SCHEMA_VERSION} in {path}, got {got}. "
                     "Next step: label the dataset anew with hlrp-label."
                 )
-            return cls(file.get_tensor("codes"), file.get_tensor("valid"), CodeTableHeader(**header))
+            vectors = file.get_tensor("vectors") if "vectors" in file.keys() else None  # noqa: SIM118 - no mapping
+            return cls(file.get_tensor("codes"), file.get_tensor("valid"), CodeTableHeader(**header), vectors)

@@ -1,6 +1,6 @@
 """Held-out code accuracy, by real decoding, beside the constant prediction that it must beat.
 
-Shape legend: B batch, S code positions, K codebook size.
+Shape legend: B batch, N samples, S code positions, K codebook size, D width of a code vector.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from hlrp_core.codes.accuracy import CodeCounts
-from hlrp_core.contract import ActionBatch, BackendMode, FoundationBatch, VLABackend
+from hlrp_core.contract import ActionBatch, BackendMode, FoundationBatch, SamplingOptions, VLABackend
+from hlrp_core.heads.code_vectors import lookup_vectors, mean_vectors, nearest_codes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class CodeEvaluation:
     """How well codes are predicted. Shares are in [0, 1]; samples without valid codes do not count.
+
+    Of a backend that predicts vectors it counts the codes nearest to them, so that all backends can be compared.
 
     Args:
         num_samples: evaluated.
@@ -40,6 +43,7 @@ class CodeEvaluation:
         target_perplexity: the same of the labels.
         unparsed: share of samples whose free decoding did not parse; they count as wrong.
         constant_from: what the constant prediction was counted on: `training` or `evaluation`.
+        vector_r2: with predicted vectors: 1 - (their squared error) / (that of the constant mean vector).
     """
 
     num_samples: int
@@ -54,6 +58,7 @@ class CodeEvaluation:
     target_perplexity: float
     unparsed: float
     constant_from: str
+    vector_r2: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,6 +75,8 @@ class CodeEvaluation:
             ("teacher-forced loss", f"{self.loss:.4f}", ""),
             ("perplexity (labels)", f"{self.prediction_perplexity:.2f} ({self.target_perplexity:.2f})", "1.00"),
         ]
+        if self.vector_r2 is not None:
+            rows.append(("vectors, R²", f"{self.vector_r2:.3f}", "0 (mean vector)"))
         if self.unparsed > 0:
             rows.append(("did not parse", f"{100 * self.unparsed:.1f}%", ""))
         width = max(len(value) for _, value, _ in rows)
@@ -89,7 +96,8 @@ def evaluate_codes(
     """Decode codes for every labelled sample and compare them with the labels.
 
     Args:
-        backend: predicts codes; its modes of training and evaluation are left as they were.
+        backend: predicts codes, or vectors of the LAQ that it names by `code_vectors` `[S, K, D]`; its modes of
+            training and evaluation are left as they were.
         batches: labelled ones that it was not trained on.
         training_counts: codes of the training data, from which the constant prediction is made. Without them it is
             made from the evaluated labels themselves, the best that any constant could do.
@@ -132,9 +140,9 @@ def evaluate_sources(
 
 @dataclass(frozen=True)
 class _Predicted:
-    """Of one batch: codes and labels `[B, S]`, teacher-forced accuracy and loss."""
+    """Of one batch: codes `[B, S]` or vectors `[B, S, D]`, labels `[B, S]`, teacher-forced accuracy and loss."""
 
-    codes: Tensor
+    predicted: Tensor
     labels: Tensor
     forced_accuracy: float
     loss: float
@@ -145,6 +153,8 @@ def _predict(backend: VLABackend, batches: Iterable[FoundationBatch]) -> list[_P
     ValueError: no sample has a valid code.
     """
     found = []
+    # a flow's figures must not change from one evaluation of a model to the next, nor the training behind it
+    sampling = SamplingOptions(generator=torch.Generator().manual_seed(0))
     with _evaluating(backend):
         for batch in batches:
             mask = batch.codes_mask()
@@ -153,10 +163,11 @@ def _predict(backend: VLABackend, batches: Iterable[FoundationBatch]) -> list[_P
             assert batch.target_codes is not None
             labelled = select(batch, mask)
             output = backend.loss_from_batch(labelled, mode=BackendMode.CODES)
-            latent = backend.latent_from_batch(labelled, mode=BackendMode.CODES)
-            assert latent.tokens is not None and labelled.target_codes is not None
+            latent = backend.latent_from_batch(labelled, mode=BackendMode.CODES, sampling=sampling)
+            predicted = latent.tokens if latent.vector is None else latent.vector
+            assert predicted is not None and labelled.target_codes is not None
             forced = output.metrics.get("code_accuracy", float("nan"))
-            found.append(_Predicted(latent.tokens.cpu(), labelled.target_codes.cpu(), forced, output.loss.item()))
+            found.append(_Predicted(predicted.cpu(), labelled.target_codes.cpu(), forced, output.loss.item()))
     if not found:
         raise ValueError(
             "batches: expected at least one sample with valid codes, got none. Next step: check that the labels cover "
@@ -166,10 +177,15 @@ def _predict(backend: VLABackend, batches: Iterable[FoundationBatch]) -> list[_P
 
 
 def _compare(backend: VLABackend, found: list[_Predicted], training_counts: CodeCounts | None) -> CodeEvaluation:
-    codes, labels = torch.cat([one.codes for one in found]), torch.cat([one.labels for one in found])  # (N, S)
+    predicted, labels = torch.cat([one.predicted for one in found]), torch.cat([one.labels for one in found])
     counts = CodeCounts(backend.codebook_size, backend.code_seq_len)
     counts.add(labels)
     constant = (training_counts or counts).most_frequent  # (S,)
+    codes, vector_r2 = predicted, None  # (N, S)
+    if predicted.ndim == 3:
+        table = _vector_table(backend)
+        codes = nearest_codes(predicted, table)
+        vector_r2 = _vector_r2(predicted, labels, training_counts or counts, table)
     right = codes == labels
     constant_right = constant == labels
     return CodeEvaluation(
@@ -185,7 +201,27 @@ def _compare(backend: VLABackend, found: list[_Predicted], training_counts: Code
         target_perplexity=mean_perplexity(labels, backend.codebook_size),
         unparsed=_share((codes < 0).any(1)),
         constant_from="training" if training_counts is not None else "evaluation",
+        vector_r2=vector_r2,
     )
+
+
+def _vector_table(backend: VLABackend) -> Tensor:
+    """`[S, K, D]` of the LAQ whose vectors the backend predicts."""
+    table = getattr(backend, "code_vectors", None)
+    if table is None:
+        raise ValueError(
+            f"backend '{backend.name}': expected code_vectors [S, K, D], by which its vectors are compared with codes, "
+            "got None. Next step: give the backend this property."
+        )
+    return table.float().cpu()
+
+
+def _vector_r2(vectors: Tensor, labels: Tensor, counts: CodeCounts, table: Tensor) -> float:
+    """Share of the variance of the labels' vectors, around the mean vector of `counts`, that `vectors` explain."""
+    target = lookup_vectors(labels, table)  # (N, S, D)
+    error = (vectors - target).square().sum()
+    constant_error = (mean_vectors(counts.counts, table) - target).square().sum()
+    return (1 - error / constant_error).item()
 
 
 def count_codes(

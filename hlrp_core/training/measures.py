@@ -19,8 +19,9 @@ class Window:
 
     def add(self, output: LossOutput, grad_norm: float, num_samples: int, seconds: float) -> None:
         measured = {"loss": output.loss.item(), "grad_norm": grad_norm}
-        if "code_accuracy" in output.metrics:  # not in a batch without any valid code
-            measured["code_accuracy"] = output.metrics["code_accuracy"]
+        for name in ("code_accuracy", "vector_loss", "constant_vector_loss"):
+            if name in output.metrics:  # not in a batch without any valid code
+                measured[name] = output.metrics[name]
         for name, value in measured.items():
             self.values.setdefault(name, []).append(value)
         self.num_samples += num_samples

@@ -72,10 +72,15 @@ class TrainCodesCommand(CodeTrainingConfig):
     # What the loss is a mean of (token backends): the whole `completion`, `codes_only`, or `restricted` to the K code
     # rows of the vocabulary at the code positions.
     code_objective: str = "completion"
-    # How hidden states become codes (latent-head backends): from their `mean`, the `last` one, or by a learned `query`.
+    # How hidden states become codes (latent-head backends) or vectors: from their `mean`, the `last` one, or by a
+    # learned `query`.
     latent_pooling: str = "mean"
     # What is trained of the vocabulary's tables (token backends): `all` of them, or the `code_rows` alone.
     train_vocabulary: str = "all"
+    # How vectors are learned (vector backends): `regression` of their mean, or a `flow` that draws them from noise.
+    vector_objective: str = "regression"
+    # Folder or Hub id of the LAQ whose vectors a vector backend learns, beside a code table that lacks them.
+    laq_weights: str | None = None
     # Keep the vision tower as it is.
     freeze_vision: bool = False
     # Of the backbone's weights. Below float32 only where memory demands it.
@@ -220,7 +225,8 @@ def open_datasets(
 
 _POLICY_SETTINGS = (
     *("backbone", "prompt", "token_scheme", "image_size", "image_splitting", "code_objective"),
-    *("latent_pooling", "train_vocabulary", "freeze_vision", "backbone_dtype", "dtype"),
+    *("latent_pooling", "vector_objective", "laq_weights", "train_vocabulary", "freeze_vision"),
+    *("backbone_dtype", "dtype"),
 )
 
 

@@ -54,10 +54,15 @@ def test_learns_codes(policy_type, prompting, code_head, make_tiny_policy, make_
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    assert set(metrics) == {"codes_loss", "code_accuracy", "constant_accuracy"}
+    of_vectors = {"vector_loss", "constant_vector_loss"} if code_head == "vector" else set()
+    assert set(metrics) == {"codes_loss", "code_accuracy", "constant_accuracy", *of_vectors}
     assert all(type(value) is float for value in metrics.values())
-    codes = policy.predict_codes(make_lerobot_batch()).tokens
-    assert codes.shape == (3, 4)
+    latent = policy.predict_codes(make_lerobot_batch())
+    if code_head == "vector":
+        assert latent.vector.shape == (3, 4, 1)
+        assert latent.tokens is None
+    else:
+        assert latent.tokens.shape == (3, 4)
 
 
 @pytest.mark.parametrize("head", HEADS)

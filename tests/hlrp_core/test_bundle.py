@@ -39,7 +39,8 @@ NOISE = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0))
 
 def predictions(backend, with_actions: bool = True) -> list[torch.Tensor]:
     batch = fake_batch(backend)
-    output = [backend.latent_from_batch(batch, mode=CODES).logits]
+    latent = backend.latent_from_batch(batch, mode=CODES)
+    output = [latent.vector if latent.logits is None else latent.logits]
     if with_actions:
         output.append(backend.predict_action_chunk(batch, sampling=SamplingOptions(noise=NOISE)).actions)
     return output

@@ -94,7 +94,8 @@ SETTINGS = {
 @pytest.mark.parametrize("name", available_backends())
 def test_every_backend_of_the_registry(name, tiny_backbone, tiny_videos, code_table, tmp_path):
     backbone = tiny_backbone(get_recipe(name).family)
-    flags = [f"--backend={name}", f"--backbone={backbone}", f"--codes={code_table(tiny_videos)}"]
+    table = code_table(tiny_videos, vectors=torch.randn(4, 8, 2))
+    flags = [f"--backend={name}", f"--backbone={backbone}", f"--codes={table}"]
     flags += next(flags for word, flags in SETTINGS.items() if word in name)
     folder = train(tiny_videos, tmp_path / "run", *flags, steps=2)
     config = load_backend(folder).config
@@ -104,6 +105,7 @@ def test_every_backend_of_the_registry(name, tiny_backbone, tiny_videos, code_ta
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "loss" in r] == [1, 2]
     assert records[-1]["evaluation"]["num_samples"] == (14 - 3) + (10 - 3)
+    assert (records[-1]["evaluation"]["vector_r2"] is not None) == get_recipe(name).predicts_vectors
 
 
 def test_what_it_reports(trained):
