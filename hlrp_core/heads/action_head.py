@@ -192,8 +192,8 @@ class ActionHead(nn.Module, abc.ABC):
             f"code_conditioning of action head '{config.kind}'",
             "'tokens' or 'soft'",
             "'none'",
-            "Set code_conditioning (to 'vector' where vectors are predicted), or choose the head 'prefix_flow', which can "
-            "do without codes.",
+            "Set code_conditioning ('vector' if vectors are predicted), or choose the head 'prefix_flow', which can do "
+            "without codes.",
         )
         _check(
             not self.needs_prefix or sizes.prefix_dim is not None,

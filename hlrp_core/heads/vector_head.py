@@ -80,7 +80,7 @@ class VectorHead(CodeHead):
         encoding: BackboneEncoding | None = None,
     ) -> LatentOutput:
         answer = self.answer(read_prefix(core, inputs, encoding), sampling)
-        return LatentOutput(vector=self.table.restore(answer))
+        return LatentOutput(vector=self.table.restore(answer).contiguous())
 
 
 class VectorRegressionHead(VectorHead):
