@@ -31,7 +31,7 @@ from hlrp_core.backbones.model_core import ModelCore
 from hlrp_core.backends.composed import ComposedBackend
 from hlrp_core.backends.config import BackendConfig
 from hlrp_core.codes.token_scheme import TokenSchemeConfig
-from hlrp_core.heads.action_head import ActionHeadConfig
+from hlrp_core.heads.action_config import ActionHeadConfig
 from hlrp_core.prompting.prompt import PromptConfig
 from hlrp_core.registry import get_recipe
 from hlrp_core.run_folder import write_json

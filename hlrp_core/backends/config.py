@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from hlrp_core.codes.token_scheme import TokenSchemeConfig
-from hlrp_core.heads.action_head import ActionHeadConfig
+from hlrp_core.heads.action_config import ActionHeadConfig
 from hlrp_core.prompting.prompt import PromptConfig
 
 CodeObjective = Literal["completion", "codes_only", "restricted"]

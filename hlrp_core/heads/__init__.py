@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import difflib
 
-from hlrp_core.heads.action_head import (
-    ActionContext,
-    ActionHead,
-    ActionHeadConfig,
-    CodeConditioning,
-    ContextSizes,
-    PrefixEncoding,
-)
+from hlrp_core.heads.action_config import ActionHeadConfig, CodeConditioning
+from hlrp_core.heads.action_head import ActionContext, ActionHead, ContextSizes, PrefixEncoding
 from hlrp_core.heads.code_vectors import hand_over_code_vectors
 from hlrp_core.heads.flow import FlowHead
 from hlrp_core.heads.flow_matching import Guidance

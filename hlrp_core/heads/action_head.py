@@ -8,119 +8,15 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from hlrp_core.contract import SamplingOptions
-from hlrp_core.heads.flow_matching import Guidance, TimeSampling
+from hlrp_core.heads.action_config import ActionHeadConfig, check
+from hlrp_core.heads.flow_matching import Guidance
 from hlrp_core.heads.layers import CodeEmbedding, VectorEmbedding
-
-CodeConditioning = Literal["none", "tokens", "soft", "vector"]
-
-
-@dataclass
-class ActionHeadConfig:
-    """Settings of an action head; sizes of the data come from the dataset.
-
-    The attention and flow settings are read by the flow heads alone.
-
-    Args:
-        kind: `mlp`, `flow`, `prefix_flow` or `laq`.
-        chunk_size: C, actions predicted at once.
-        action_dim: A.
-        state_dim: D; 0 where the robot reports no state.
-        hidden_dim: width of the head.
-        num_layers: layers of the head.
-        num_heads: attention heads.
-        num_kv_heads: key and value heads, shared by groups of attention heads. None: `num_heads`.
-        head_dim: width of one attention head. None: `hidden_dim / num_heads`.
-        mlp_dim: inner width of a layer's gated MLP. None: 8/3 of `hidden_dim`, rounded up to
-            a multiple of 64.
-        time_dim: width of the flow-time embedding that modulates every layer.
-        num_flow_steps: Euler steps from noise to an action chunk.
-        num_noise_draws: (noise, time) pairs per sample and training step. They share one encoding of the
-            prefix, so a second draw costs the expert's pass and not the backbone's.
-        time_sampling: distribution of the training times: `beta` (Beta(1.5, 1), more weight near the noise,
-            as in pi0 and SmolVLA) or `uniform`.
-        code_conditioning: how codes reach the head: `tokens` (the predicted code of each position), `soft`
-            (its distribution), `vector` (the predicted code vector, of a code head that predicts vectors), `none`
-            (only `prefix_flow` may do without).
-        dropout: in the head's layers.
-        code_vector_dim: width of the LAQ's code vectors, for the head `laq` and `code_conditioning=vector` alone.
-
-    Raises:
-        ValueError: a setting is out of range, or two do not fit each other.
-    """
-
-    kind: str = "prefix_flow"
-    chunk_size: int = 8
-    action_dim: int = 2
-    state_dim: int = 0
-    hidden_dim: int = 256
-    num_layers: int = 4
-    num_heads: int = 4
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    mlp_dim: int | None = None
-    time_dim: int = 128
-    num_flow_steps: int = 10
-    num_noise_draws: int = 1
-    time_sampling: TimeSampling = "beta"
-    code_conditioning: CodeConditioning = "none"
-    dropout: float = 0.0
-    code_vector_dim: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in _COUNTS:
-            _check(getattr(self, name) >= 1, f"action head {name}", "1 or more", getattr(self, name), "Raise it.")
-        for name in ("num_kv_heads", "head_dim", "mlp_dim", "code_vector_dim"):
-            value = getattr(self, name)
-            _check(value is None or value >= 1, f"action head {name}", "1 or more, or None", value, "Raise it.")
-        _check(self.state_dim >= 0, "action head state_dim", "0 (no state) or more", self.state_dim, "Raise it.")
-        _check(0 <= self.dropout < 1, "action head dropout", "0 <= dropout < 1", self.dropout, "Lower it.")
-        _check_choice("code_conditioning", self.code_conditioning, get_args(CodeConditioning))
-        _check_choice("time_sampling", self.time_sampling, get_args(TimeSampling))
-        _check(self.time_dim % 2 == 0, "action head time_dim", "an even number", self.time_dim, "Add 1 to it.")
-        _check(
-            self.head_dim is not None or self.hidden_dim % self.num_heads == 0,
-            "action head hidden_dim",
-            f"a multiple of num_heads={self.num_heads}",
-            self.hidden_dim,
-            "Change one of them, or set head_dim.",
-        )
-        _check(
-            self.num_heads % self.resolved_num_kv_heads == 0,
-            "action head num_kv_heads",
-            f"a divisor of num_heads={self.num_heads}",
-            self.num_kv_heads,
-            "Change one of them.",
-        )
-
-    @property
-    def resolved_num_kv_heads(self) -> int:
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def resolved_head_dim(self) -> int:
-        return self.head_dim or self.hidden_dim // self.num_heads
-
-    @property
-    def resolved_mlp_dim(self) -> int:
-        return self.mlp_dim or -(-8 * self.hidden_dim // (3 * 64)) * 64
-
-
-_COUNTS = (
-    "chunk_size",
-    "action_dim",
-    "hidden_dim",
-    "num_layers",
-    "num_heads",
-    "time_dim",
-    "num_flow_steps",
-    "num_noise_draws",
-)
 
 
 @dataclass(frozen=True)
@@ -187,7 +83,7 @@ class ActionHead(nn.Module, abc.ABC):
 
     def __init__(self, config: ActionHeadConfig, sizes: ContextSizes):
         super().__init__()
-        _check(
+        check(
             self.needs_prefix or config.code_conditioning != "none",
             f"code_conditioning of action head '{config.kind}'",
             "'tokens' or 'soft'",
@@ -195,14 +91,14 @@ class ActionHead(nn.Module, abc.ABC):
             "Set code_conditioning ('vector' if vectors are predicted), or choose the head 'prefix_flow', which can do "
             "without codes.",
         )
-        _check(
+        check(
             not self.needs_prefix or sizes.prefix_dim is not None,
             f"prefix_dim of action head '{config.kind}'",
             "the width of the backbone's hidden states",
             None,
             "Pass prefix_dim.",
         )
-        _check(
+        check(
             config.code_conditioning != "vector" or config.code_vector_dim is not None,
             f"code_vector_dim of action head '{config.kind}' with code_conditioning=vector",
             "the width of the LAQ's code vectors",
@@ -297,7 +193,7 @@ class ActionHead(nn.Module, abc.ABC):
         check_shape("actions", actions, (batch_size, chunk, width))
         if is_pad is not None:
             check_shape("action_is_pad", is_pad, (batch_size, chunk))
-            _check(is_pad.dtype == torch.bool, "action_is_pad", "bool", is_pad.dtype, "True marks padding.")
+            check(is_pad.dtype == torch.bool, "action_is_pad", "bool", is_pad.dtype, "True marks padding.")
             actions = actions.masked_fill(is_pad[..., None], 0.0)
         return actions.float()
 
@@ -318,22 +214,13 @@ def mean_over_steps(error: Tensor, is_pad: Tensor | None) -> Tensor:
     return error.masked_fill(is_pad, 0.0).sum(dim=-1) / (~is_pad).sum(dim=-1).clamp(min=1)
 
 
-def _check(condition: bool, what: str, expected: str, got: object, next_step: str) -> None:
-    if not condition:
-        raise ValueError(f"{what}: expected {expected}, got {got}. Next step: {next_step}")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _check(value in choices, f"action head {name}", f"one of {choices}", repr(value), "Choose one of these.")
-
-
 def check_shape(what: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
     fits = tensor.ndim == len(shape) and all(
         want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
     )
     expected = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
     next_step = "Build the head with the sizes of the data, or pass data of these sizes."
-    _check(fits, what, f"shape {expected}", list(tensor.shape), next_step)
+    check(fits, what, f"shape {expected}", list(tensor.shape), next_step)
 
 
 def _missing(kind: str, name: str, expected: str) -> ValueError:

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hlrp_core.heads.action_head import ActionHeadConfig
+from hlrp_core.heads.action_config import ActionHeadConfig
 from hlrp_core.heads.layers import GatedMLP, TimeEmbedding, build_dropout, init_near_zero, rms_norm
 
 # Vectors by which the flow time modulates: (shift, scale, gate) for two branches; (shift, scale) at the end.

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from hlrp_core.contract import SamplingOptions
+from hlrp_core.heads.action_config import ActionHeadConfig
 from hlrp_core.heads.action_head import (
     ActionContext,
     ActionHead,
-    ActionHeadConfig,
     ContextSizes,
     build_code_embedding,
     check_shape,

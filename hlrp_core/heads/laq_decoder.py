@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from hlrp_core.heads.action_head import ActionHeadConfig, ContextSizes
+from hlrp_core.heads.action_config import ActionHeadConfig
+from hlrp_core.heads.action_head import ContextSizes
 from hlrp_core.heads.code_vectors import CodeVectors
 from hlrp_core.heads.mlp import MLPHead
 

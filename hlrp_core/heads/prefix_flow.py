@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hlrp_core.heads.action_head import ActionContext, ActionHeadConfig, ContextSizes
+from hlrp_core.heads.action_config import ActionHeadConfig
+from hlrp_core.heads.action_head import ActionContext, ContextSizes
 from hlrp_core.heads.flow import FlowHead
 from hlrp_core.heads.layers import rms_norm
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from hlrp_core.backbones.model_core import ModelCore
 from hlrp_core.codes.accuracy import CodeCounts
 from hlrp_core.contract import LatentOutput, SamplingOptions
-from hlrp_core.heads.action_head import ActionContext, ActionHeadConfig, ContextSizes, PrefixEncoding
+from hlrp_core.heads.action_config import ActionHeadConfig
+from hlrp_core.heads.action_head import ActionContext, ContextSizes, PrefixEncoding
 from hlrp_core.heads.code_head import BackboneEncoding, CodeHead, CodeLoss, read_prefix
 from hlrp_core.heads.code_vectors import CodeVectors
 from hlrp_core.heads.pooled_readout import PooledReadout

@@ -86,6 +86,7 @@ def test_its_result_is_a_core_bundle_and_a_policy(trained, tiny_videos):
 
 SETTINGS = {
     "latent_head": ["--latent_pooling=query", "--image_size=32"],
+    "vector_head": ["--vector_objective=flow", "--image_size=32"],
     "smol": ["--image_splitting=true", "--image_size=16"],
     "qwen": ["--image_size=48"],
 }

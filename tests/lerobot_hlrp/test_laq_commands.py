@@ -90,6 +90,7 @@ def test_fast_reading_equals_lerobots_items(tiny_dataset):
 def test_labels_are_the_codes_of_lerobots_pairs(labelled, trained, tiny_dataset):
     laq = LatentActionQuantizer.from_pretrained(trained)
     dataset, table = open_dataset(tiny_dataset), CodeTable.load(labelled)
+    assert torch.equal(table.vectors, laq.code_vector_table())
     camera = choose_camera(dataset.meta, None)
     episodes = dataset.hf_dataset["episode_index"]
     for index in range(len(dataset)):

@@ -273,19 +273,27 @@ def test_low_rank_adapters_come_back_bit_exactly(tmp_path, make_tiny_policy, mak
     assert torch.equal(again.select_action(batch, noise=noise), wrapped.select_action(batch, noise=noise))
 
 
-LATENT = {"hlrp_smol_latent": {"latent_pooling": "query"}, "hlrp_qwen": {"prompting": "plain", "code_head": "latent"}}
+LATENT = (
+    ("hlrp_smol_latent", {"latent_pooling": "query", "code_conditioning": "soft"}),
+    ("hlrp_qwen", {"prompting": "plain", "code_head": "latent", "code_conditioning": "soft"}),
+    ("hlrp_smol_latent", {"code_head": "vector", "code_conditioning": "vector"}),
+)
 
 
-@pytest.mark.parametrize("policy_type", LATENT)
+@pytest.mark.parametrize(("policy_type", "settings"), LATENT)
 def test_low_rank_adapters_carry_a_latent_head(
-    policy_type, tmp_path, make_tiny_policy, make_lerobot_batch, listed_labels
+    policy_type, settings, tmp_path, make_tiny_policy, make_lerobot_batch, listed_labels
 ):
+    def predict(policy) -> torch.Tensor:
+        latent = policy.predict_codes(batch)
+        return latent.vector if latent.logits is None else latent.logits
+
     pytest.importorskip("peft")
-    policy = make_tiny_policy(policy_type, labels=listed_labels(CODES), code_conditioning="soft", **LATENT[policy_type])
+    policy = make_tiny_policy(policy_type, labels=listed_labels(CODES), **settings)
     policy.save_pretrained(tmp_path / "base")
     policy.config.pretrained_path = tmp_path / "base"
     batch, noise = make_lerobot_batch(), torch.randn(3, 4, 2)
-    before = policy.predict_codes(batch).logits
+    before = predict(policy)
     num_head_tensors = len(list(policy.backend.code_head.parameters()))
     wrapped = policy.wrap_with_peft(peft_cli_overrides={"r": 4})
     assert policy._get_default_peft_targets()["modules_to_save"] == ["code_head", "action_head"]
@@ -295,12 +303,12 @@ def test_low_rank_adapters_carry_a_latent_head(
     head = [name for name in learning if ".code_head." in name]
     assert len(head) == num_head_tensors
     train_two_steps(wrapped, batch)
-    trained = policy.predict_codes(batch).logits
+    trained = predict(policy)
     assert not torch.equal(trained, before)
 
     wrapped.save_pretrained(tmp_path / "adapter")
     again = load_adapted(policy_type, tmp_path)
-    assert torch.equal(again.predict_codes(batch).logits, trained)
+    assert torch.equal(predict(again), trained)
     assert torch.equal(again.select_action(batch, noise=noise), wrapped.select_action(batch, noise=noise))
 
 

@@ -30,6 +30,7 @@ FLAT = {
     "code_objective": "restricted",
     "train_vocabulary": "code_rows",
     "latent_pooling": "query",
+    "vector_objective": "flow",
     "code_source": "teacher",
     "codes_loss_weight": 0.5,
     "actions_loss_weight": 2.0,
@@ -75,7 +76,8 @@ def test_every_setting_of_the_core_is_reached():
         )
     )
     built = build_backend_config(config, code_vector_dim=5)
-    assert set(FLAT) | {"name", "action_head"} == {f.name for f in fields(BackendConfig)}
+    assert set(FLAT) | {"name", "action_head", "code_vector_dim"} == {f.name for f in fields(BackendConfig)}
+    assert built.code_vector_dim is None  # it predicts codes
     assert built.name == "qwen_plain"
     for name, value in FLAT.items():
         assert value != getattr(BackendConfig(), name), f"{name}: the default tests nothing"
@@ -87,6 +89,16 @@ def test_every_setting_of_the_core_is_reached():
     assert set(HEAD) | set(named) == {f.name for f in fields(ActionHeadConfig)}
     assert all(value != getattr(ActionHeadConfig(), name) for name, value in HEAD.items())
     assert built.action_head == ActionHeadConfig(**HEAD, **named)
+
+
+def test_a_head_on_predicted_vectors_has_their_width():
+    settings = {"prompting": "plain", "code_head": "vector", "codebook_size": 8, "code_seq_len": 4}
+    config = with_features(HLRPQwenConfig(mode="multitask", action_head="flow", **settings))
+    built = build_backend_config(config, code_vector_dim=5)
+    assert built.code_vector_dim == built.action_head.code_vector_dim == 5
+    assert built.action_head.code_conditioning == "vector"
+    again = build_backend_config(config, replace(built, action_head=None))  # on a checkpoint of stage 2
+    assert again.action_head == built.action_head
 
 
 def test_flags_reach_nested_settings():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hlrp_core.heads.action_head import ActionHeadConfig
+from hlrp_core.heads.action_config import ActionHeadConfig
 from hlrp_core.heads.expert import FlowExpert
 
 

@@ -7,9 +7,9 @@ import torch
 
 from hlrp_core.codes.accuracy import CodeCounts
 from hlrp_core.contract import SamplingOptions
+from hlrp_core.heads import vector_head
 from hlrp_core.heads.action_head import ActionContext, PrefixEncoding
 from hlrp_core.heads.code_head import BackboneEncoding
-from hlrp_core.heads import vector_head
 from hlrp_core.heads.vector_head import VectorFlowHead, VectorHead, VectorRegressionHead
 
 W, K, S, D, B = 12, 6, 3, 2, 5

@@ -26,6 +26,17 @@ def test_round_trip(tmp_path, codebook_size):
     assert [path.name for path in tmp_path.iterdir()] == ["codes.safetensors"]
 
 
+def test_it_may_carry_the_laqs_vectors(tmp_path):
+    plain = make_table()
+    vectors = torch.randn(3, 8, 2)
+    for table in (plain, CodeTable(plain.codes, plain.valid, plain.header, vectors)):
+        table.save(tmp_path / "codes.safetensors")
+        loaded = CodeTable.load(tmp_path / "codes.safetensors")
+        assert torch.equal(loaded.vectors, vectors) if table is not plain else loaded.vectors is None
+    with pytest.raises(ValueError, match=r"expected vectors \[3, 8, D\], got \(3, 7, 2\)"):
+        CodeTable(plain.codes, plain.valid, plain.header, vectors[:, :7])
+
+
 def test_a_table_of_another_dataset_is_refused_with_both_named():
     table = make_table()
     table.check_dataset(dataset_id="user/moved", fingerprint="f" * 64, num_frames=10)
