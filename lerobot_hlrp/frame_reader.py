@@ -9,6 +9,9 @@ Shape legend: n frames of an episode, H W image size, A action width.
 from __future__ import annotations
 
 import io
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -16,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lerobot.utils.constants import ACTION
+from lerobot.utils.import_utils import get_safe_default_video_backend
 from PIL import Image
 
 from lerobot_hlrp.batch import to_frames
@@ -59,6 +63,8 @@ class EpisodeFrames:
         self.first_rows: list[int] = episodes["dataset_from_index"][:]
         self.lengths: list[int] = episodes["length"][:]
         if self.is_video:
+            # Once: LeRobot's own default is looked for in every call, with pages of warnings where FFmpeg is missing.
+            self._video_backend = get_safe_default_video_backend()
             self._start_times: list[float] = episodes[f"videos/{camera}/from_timestamp"][:]
         else:
             self._images = dataset.hf_dataset.data.column(camera)
@@ -73,6 +79,32 @@ class EpisodeFrames:
         cells = self._images.slice(self.first_rows[episode], self.lengths[episode]).to_pylist()
         return np.stack([_decode_image(cell) for cell in cells])
 
+    def read_ahead(self, episodes: Iterable[int], *, num_frames: int = 256) -> Iterator[np.ndarray]:
+        """What `read` gives for each of these episodes, in order, decoded in a thread while the caller works.
+
+        Args:
+            num_frames: decoded beyond the episode in use, but at least the next one: this bounds memory.
+        """
+        remaining = iter(episodes)
+        waiting: deque[tuple[int, Future[np.ndarray]]] = deque()
+
+        def fill(thread: Executor) -> None:
+            num_waiting = sum(self.lengths[episode] for episode, _ in waiting)
+            while num_waiting < num_frames and (episode := next(remaining, None)) is not None:
+                waiting.append((episode, thread.submit(self.read, episode)))
+                num_waiting += self.lengths[episode]
+
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoding") as thread:
+            try:
+                fill(thread)
+                while waiting:
+                    _, frames = waiting.popleft()
+                    fill(thread)
+                    yield frames.result()
+            finally:
+                for _, frames in waiting:
+                    frames.cancel()
+
     def _read_video(self, episode: int) -> np.ndarray:
         from lerobot.datasets.video_utils import decode_video_frames
 
@@ -80,7 +112,9 @@ class EpisodeFrames:
         start = self._start_times[episode]
         timestamps = [start + i / meta.fps for i in range(self.lengths[episode])]
         path = self.dataset.root / meta.get_video_file_path(episode, self.camera)
-        images = decode_video_frames(path, timestamps, self.dataset.tolerance_s, return_uint8=True)  # (n, 3, H, W)
+        images = decode_video_frames(
+            path, timestamps, self.dataset.tolerance_s, backend=self._video_backend, return_uint8=True
+        )  # (n, 3, H, W)
         return images.permute(0, 2, 3, 1).contiguous().numpy()
 
 

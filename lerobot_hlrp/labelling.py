@@ -1,6 +1,9 @@
-"""Labels a LeRobotDataset with a LAQ's codes, episode by episode: each frame is decoded once, memory stays flat.
+"""Labels a LeRobotDataset with a LAQ's codes, episode by episode: memory stays flat.
 
-Shape legend: n frames of an episode, B batch, T frames of a tuple, S codes of a label.
+Each frame is decoded once, in a thread of its own while the encoder works, and resized once; tuples are encoded in full
+batches, however short episodes are.
+
+Shape legend: n frames of an episode, B batch, T frames of a tuple, R the LAQ's image side, S codes of a label.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from tqdm import tqdm
 
 from hlrp_core.laq.code_table import CodeTable, CodeTableHeader
@@ -95,8 +99,8 @@ def label_dataset(
     encoder = BatchedEncoder(laq, partial, frame_gap=frame_gap, batch_size=batch_size)
     saved_at = time.monotonic()
     with StopRequest() as stop, tqdm(episodes, unit="episode", desc="Labelling") as progress:
-        for episode in progress:
-            encoder.add(source.read(episode), first_row=source.first_rows[episode])
+        for episode, frames in zip(progress, source.read_ahead(episodes), strict=True):
+            encoder.add(frames, first_row=source.first_rows[episode])
             partial.num_episodes = episode + 1
             if stop.requested or time.monotonic() - saved_at >= save_interval_s:
                 encoder.flush()
@@ -137,26 +141,33 @@ class BatchedEncoder:
         self.table = table
         self.frame_gap = frame_gap
         self.batch_size = batch_size
-        self._tuples: list[np.ndarray] = []  # each [m, T, H, W, 3]
-        self._rows: list[np.ndarray] = []
+        self._tuples: list[Tensor] = []  # each [m, T, 3, R, R]
+        self._rows: list[Tensor] = []
         self._device = next(laq.parameters()).device
 
     def add(self, frames: np.ndarray, *, first_row: int) -> None:
         """Take the tuples of an episode `[n, H, W, 3]` whose first frame has this row in the table."""
         gap, num_frames = self.frame_gap, self.laq.config.num_frames
-        starts = np.arange(max(len(frames) - gap * (num_frames - 1), 0))
-        for chunk in np.array_split(starts, max(1, -(-len(starts) // self.batch_size))):
-            self._tuples.append(frames[chunk[:, None] + gap * np.arange(num_frames)])
-            self._rows.append(first_row + chunk)
+        span = gap * (num_frames - 1)
+        num_tuples = max(len(frames) - span, 0)
+        for start in range(0, num_tuples, self.batch_size):  # a part of the episode at a time: it may be hours long
+            stop = min(start + self.batch_size, num_tuples)
+            images = self._prepare(frames[start : stop + span])
+            offsets = torch.arange(stop - start)[:, None] + gap * torch.arange(num_frames)  # (m, T)
+            self._tuples.append(images[offsets.to(self._device)])
+            self._rows.append(first_row + torch.arange(start, stop))
             if sum(map(len, self._rows)) >= self.batch_size:
                 self.flush()
 
+    def _prepare(self, frames: np.ndarray) -> Tensor:
+        """`[n, H, W, 3]` uint8 -> `[n, 3, R, R]` on the LAQ's device, each frame once."""
+        return self.laq.prepare(torch.from_numpy(frames).to(self._device)[None])[0]
+
     def flush(self) -> None:
         """Encode what has been gathered."""
-        if not any(map(len, self._rows)):
+        if not self._rows:
             return
-        batch = torch.from_numpy(np.concatenate(self._tuples))
-        rows = torch.from_numpy(np.concatenate(self._rows))
-        self.table.codes[rows] = self.laq.encode(batch.to(self._device)).cpu().int()
+        rows = torch.cat(self._rows)
+        self.table.codes[rows] = self.laq.encode_prepared(torch.cat(self._tuples)).cpu().int()
         self.table.valid[rows] = True
         self._tuples, self._rows = [], []

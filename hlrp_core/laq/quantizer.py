@@ -136,17 +136,21 @@ class LatentActionQuantizer(
                 self.quantizer(self.encoder(*self._transitions(self.prepare(frames))))
         self.eval()
 
-    @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
         """Frames `[B, T, H, W, 3]` uint8 -> codes `[B, (T-1)*S]` long. Runs in eval mode, whatever the module's is."""
+        return self.encode_prepared(self.prepare(frames))
+
+    @torch.no_grad()
+    def encode_prepared(self, images: Tensor) -> Tensor:
+        """`encode` of what `prepare` made of the frames `[B, T, 3, R, R]`: a frame of two tuples is resized once."""
         was_training = self.training
         self.eval()
         try:
-            source, target = self._transitions(self.prepare(frames))
+            source, target = self._transitions(images)
             codes = self.quantizer(self.encoder(source, target)).codes
         finally:
             self.train(was_training)
-        return codes.view(len(frames), -1)
+        return codes.view(len(images), -1)
 
     def provide_codes(self, *, index: Tensor | None = None, frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `CodeProvider`; a LAQ goes by `frames`, and says something of all of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,3 +197,63 @@ def test_a_gap_longer_than_every_episode_is_refused(tiny_dataset, tmp_path):
         label_dataset(
             laq, open_dataset(tiny_dataset), camera="observation.images.top", laq_id="x", output=tmp_path / "t"
         )
+
+
+def test_reading_ahead_gives_the_same_episodes_and_stays_within_bounds(tiny_dataset, monkeypatch):
+    episodes = EpisodeFrames(open_dataset(tiny_dataset), "observation.images.top")
+    expected = [episodes.read(episode) for episode in (3, 0, 1, 2)]
+    started, read_episode = [], EpisodeFrames.read
+
+    def note(self, episode):
+        started.append(episode)
+        return read_episode(self, episode)
+
+    monkeypatch.setattr(EpisodeFrames, "read", note)
+    for num_frames in (1, 20, 1000):
+        started.clear()
+        for number, frames in enumerate(episodes.read_ahead([3, 0, 1, 2], num_frames=num_frames)):
+            np.testing.assert_array_equal(frames, expected[number])
+            if num_frames == 1:
+                assert len(started) <= number + 2
+        assert started == [3, 0, 1, 2]
+
+
+def test_decoding_goes_on_while_the_caller_works(tiny_dataset, monkeypatch):
+    episodes = EpisodeFrames(open_dataset(tiny_dataset), "observation.images.top")
+    begun = threading.Event()
+
+    def read(self, episode):
+        if episode == 1:
+            begun.set()
+        return np.zeros((self.lengths[episode], 1))
+
+    monkeypatch.setattr(EpisodeFrames, "read", read)
+    ahead = episodes.read_ahead([0, 1], num_frames=1)
+    next(ahead)
+    assert begun.wait(timeout=10), "the next episode was not decoded while the caller held the first one"
+
+
+def test_long_and_short_episodes_are_encoded_in_bounded_batches(trained, tiny_dataset, tmp_path, monkeypatch):
+    """Batches smaller than an episode and larger than one give the same table."""
+    laq, dataset = LatentActionQuantizer.from_pretrained(trained), open_dataset(tiny_dataset)
+    sizes, encode = [], LatentActionQuantizer.encode_prepared
+
+    def note(self, images):
+        sizes.append(len(images))
+        return encode(self, images)
+
+    monkeypatch.setattr(LatentActionQuantizer, "encode_prepared", note)
+    tables = {}
+    for batch_size in (3, 16):
+        sizes.clear()
+        tables[batch_size] = label_dataset(
+            laq,
+            dataset,
+            camera="observation.images.top",
+            laq_id="x",
+            output=tmp_path / "t",
+            batch_size=batch_size,
+        )
+        assert sum(sizes) == int(tables[batch_size].valid.sum())
+        assert max(sizes) < 2 * batch_size
+    assert torch.equal(tables[3].codes, tables[16].codes)
