@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from hlrp_core.backbones.cpu_linear import speed_up_linears
 from hlrp_core.backbones.model_core import ModelCore
 from hlrp_core.backends.config import BackendConfig
 from hlrp_core.codes.accuracy import CodeCounts
@@ -69,6 +70,7 @@ class ComposedBackend(nn.Module):
         )
         for parameter in frozen:
             parameter.requires_grad_(False)
+        speed_up_linears(self)
 
     @property
     def name(self) -> str:
