@@ -1,0 +1,128 @@
+"""Labelling a dataset with a LAQ, beside merely decoding its frames with the same reader; and its memory.
+
+    python benchmarks/labelling.py --output benchmarks/results/labelling.json
+    python benchmarks/labelling.py --memory_episodes 140 14000 --output benchmarks/results/labelling_memory.json
+
+The data are episodes of the tabletop, recorded anew by `hlrp-record`, as PNG images and as video. The LAQ has random
+weights and the default settings; `label_ms` is `label_dataset` from the first frame to the written table, `decode_ms`
+the reading of all frames alone, `encode_ms` the encoder alone on frames in memory: all for one frame, medians of rounds
+that take turns, with one thread for the encoder (frames are decoded in another). `items_ms` is what
+LeRobot's own items cost, which read two frames for a pair.
+
+Memory is the highest anonymous resident size of a fresh process that does nothing else than `hlrp-label`; pages of
+mapped files, which the system takes back when it needs them, are not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import multiprocessing
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.configs.default import DatasetConfig
+from lerobot.datasets import LeRobotDataset
+from lerobot.utils.import_utils import get_safe_default_video_backend
+from measuring import describe_machine, interleaved_ms, peak_anonymous_bytes, print_table, write_result
+
+from hlrp_core.laq.config import LAQConfig
+from hlrp_core.laq.quantizer import LatentActionQuantizer
+from lerobot_hlrp.cli.label import LabelCommand, label
+from lerobot_hlrp.cli.record import RecordCommand, RecordedDataset, record_dataset
+from lerobot_hlrp.envs import TabletopEnvConfig
+from lerobot_hlrp.frame_reader import EpisodeFrames, read_frame
+from lerobot_hlrp.labelling import label_dataset
+
+CAMERA = "observation.image"
+DATASETS = {  # name: image side, as video
+    "128x128 images": (128, False),
+    "128x128 video": (128, True),
+    "480x480 video": (480, True),
+}
+
+
+def record(root: Path, *, episodes: int, image_size: int, video: bool) -> LeRobotDataset:
+    env = TabletopEnvConfig(task="reach", image_size=image_size)
+    data = RecordedDataset(repo_id="local/tabletop", root=root, video=video)
+    assert record_dataset(RecordCommand(env=env, dataset=data, episodes=episodes)) == 0
+    return LeRobotDataset(data.repo_id, root=root)
+
+
+def measure_time(name: str, folder: Path, episodes: int, rounds: int) -> dict[str, Any]:
+    image_size, video = DATASETS[name]
+    dataset = record(folder / name, episodes=episodes, image_size=image_size, video=video)
+    reader = EpisodeFrames(dataset, CAMERA)
+    laq = LatentActionQuantizer(LAQConfig()).eval()
+
+    def decode() -> None:
+        for episode in range(len(reader)):
+            reader.read(episode)
+
+    def label_all() -> None:
+        label_dataset(laq, dataset, camera=CAMERA, laq_id="random", output=folder / "codes.safetensors")
+
+    num_items = min(100, len(dataset))
+    tuples = torch.randint(0, 256, (64, 2, image_size, image_size, 3), dtype=torch.uint8)
+    times = interleaved_ms(
+        {
+            "decode": decode,
+            "label": label_all,
+            "encode": lambda: laq.encode(tuples),
+            "items": lambda: [read_frame(dataset, CAMERA, index) for index in range(num_items)],
+        },
+        rounds,
+    )
+    frames = len(dataset)
+    amounts = {"decode": frames, "label": frames, "encode": len(tuples), "items": num_items / 2}
+    return {
+        "frames": frames,
+        **{f"{part}_ms": round(times[part] / amount, 3) for part, amount in amounts.items()},
+        "label_over_decode": round(times["label"] / times["decode"], 2),
+    }
+
+
+def peak_of_labelling(root: Path, laq: Path) -> dict[str, float]:
+    """In a process of its own: nothing measured before it is left in memory."""
+    torch.set_num_threads(1)
+    data = DatasetConfig(repo_id="local/tabletop", root=str(root))
+    command = LabelCommand(laq=str(laq), dataset=data, output=root.with_suffix(".safetensors"), device="cpu")
+    return {"peak_mb": round(peak_anonymous_bytes(lambda: label(command)) / 2**20, 1)}
+
+
+def measure_memory(folder: Path, episodes: int) -> dict[str, Any]:
+    dataset = record(folder / f"{episodes}", episodes=episodes, image_size=64, video=False)
+    laq = folder / f"laq_{episodes}"
+    LatentActionQuantizer(LAQConfig()).save_pretrained(laq)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        peak = process.submit(peak_of_labelling, folder / f"{episodes}", laq).result()
+    return {"frames": len(dataset), **peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--episodes", type=int, default=140, help="of each dataset; one has 7 or 8 frames")
+    parser.add_argument("--memory_episodes", type=int, nargs="+", default=[], help="measure memory on so many episodes")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path, default=None, help="JSON file")
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    machine = describe_machine()
+    with tempfile.TemporaryDirectory() as name:
+        if args.memory_episodes:
+            results = {str(number): measure_memory(Path(name), number) for number in args.memory_episodes}
+        else:
+            results = {kind: measure_time(kind, Path(name), args.episodes, args.rounds) for kind in DATASETS}
+    print(f"{machine['cpu']}, {machine['cores']} cores, one thread, torch {machine['torch']}, float32")
+    first = next(iter(results.values()))
+    print_table(["", *results], [[key, *(row[key] for row in results.values())] for key in first])
+    decoder = get_safe_default_video_backend()
+    write_result({"machine": machine, "video_decoder": decoder, "results": results}, args.output)
+
+
+if __name__ == "__main__":
+    main()

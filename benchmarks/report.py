@@ -1,0 +1,179 @@
+"""The README's performance section, rendered from the results of the benchmarks.
+
+    python benchmarks/report.py    # after any of them has written its JSON into benchmarks/results
+
+The section is the text between the two markers in README.md; a test holds it equal to what this script renders.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results"
+README = FOLDER.parent / "README.md"
+START, END = "<!-- performance: made by benchmarks/report.py -->", "<!-- end of performance -->"
+
+Row = tuple[str, str, str, str]  # what, ours, the other side, how they compare
+
+
+def training_loss_rows(result: dict[str, Any]) -> list[Row]:
+    return [
+        (
+            f"stage-2 training step, {name}, batch {row['batch_size']}, {row['vocabulary']:,} vocabulary rows",
+            _ms(row["ours_ms"]),
+            f"full logits: {_ms(row['full_ms'])}",
+            f"{row['time_ratio']}x faster, {row['memory_ratio']}x less extra memory",
+        )
+        for name, row in result["results"].items()
+    ]
+
+
+def decoding_rows(result: dict[str, Any]) -> list[Row]:
+    return [
+        (
+            f"decoding codes, {row['size']} model, batch {row['batch']}, S={row['S']}, K={row['K']}",
+            _ms(row["constrained_ms"]),
+            f"its floor: {_ms(row['floor_ms'])}; `generate`: {_ms(row['generate_ms'])}",
+            f"{row['constrained_over_floor']}x the floor, {row['generate_over_constrained']}x faster than `generate`",
+        )
+        for row in result["results"]
+    ]
+
+
+def outside_model_rows(result: dict[str, Any]) -> list[Row]:
+    return [
+        (
+            f"outside the model in a training step, {result['size']} `{row['backend']}`, batch {row['batch_size']}, "
+            f"{row['instructions']} instructions",
+            _ms(row["outside_ms"]),
+            f"whole step: {_ms(row['step_ms'])}",
+            f"{100 * row['outside_share']:.1f}% of the step",
+        )
+        for row in result["results"]
+    ]
+
+
+def smolvla_rows(result: dict[str, Any]) -> list[Row]:
+    policies = result["policies"]
+    peer, rows = policies["smolvla"], []
+    kernels = ", MKL on both sides" if result["mkl"] else ""
+    beside = f"`smolvla`, expert of {_millions(peer)}"
+    kinds = (("chunk", "chunk of 50 actions"), ("training_step", f"training step, batch {result['batch_size']}"))
+    for part, title in kinds:
+        for name in ("matched", "same_heads", "defaults"):
+            ours = policies[name]
+            rows.append(
+                (
+                    f"`prefix_flow` {title}, {name.replace('_', ' ')}{kernels}: expert of {_millions(ours)}",
+                    _ms(ours[f"{part}_ms"]),
+                    f"{beside}: {_ms(peer[f'{part}_ms'])}",
+                    f"{ours[f'{part}_ratio']}x its time",
+                )
+            )
+    return rows
+
+
+def labelling_rows(result: dict[str, Any]) -> list[Row]:
+    return [
+        (
+            f"labelling a frame, {name}",
+            _ms(row["label_ms"]),
+            f"decoding alone: {_ms(row['decode_ms'])}; the encoder alone: {_ms(row['encode_ms'])} a pair",
+            f"{row['label_over_decode']}x decoding",
+        )
+        for name, row in result["results"].items()
+    ]
+
+
+def labelling_memory_rows(result: dict[str, Any]) -> list[Row]:
+    small, large = result["results"].values()
+    return [
+        (
+            f"peak memory of labelling {large['frames']:,} frames",
+            f"{large['peak_mb']:.0f} MB",
+            f"{small['frames']:,} frames: {small['peak_mb']:.0f} MB",
+            f"{large['peak_mb'] / small['peak_mb']:.2f}x",
+        )
+    ]
+
+
+SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], list[Row]]]] = {
+    "training_loss": ("training_loss.py", training_loss_rows),
+    "decoding": ("decoding.py", decoding_rows),
+    "outside_model": ("outside_model.py", outside_model_rows),
+    "smolvla": ("smolvla.py", smolvla_rows),
+    "smolvla_mkl": ("smolvla.py --mkl", smolvla_rows),
+    "labelling": ("labelling.py", labelling_rows),
+    "labelling_memory": ("labelling.py --memory_episodes 140 14000", labelling_memory_rows),
+}
+
+
+def render(results: Path = RESULTS) -> str:
+    """The section, without its markers.
+
+    Raises:
+        ValueError: a benchmark has left no result there.
+    """
+    rows: list[Row] = [("", "", "beside it", ""), ("---",) * 4]
+    commands, machines = [], []
+    for name, (command, make_rows) in SECTIONS.items():
+        path = results / f"{name}.json"
+        command = f"python benchmarks/{command} --output benchmarks/results/{name}.json"
+        if not path.is_file():
+            raise ValueError(
+                f"performance: expected the result of every benchmark in {results}, got no {path.name}. "
+                f"Next step: {command}"
+            )
+        result = json.loads(path.read_text())
+        rows += make_rows(result)
+        commands.append(command)
+        machines.append(_describe(result["machine"]))
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return (
+        f"Measured on {'; '.join(dict.fromkeys(machines))}, in float32 with random weights. Both sides of a row ran in "
+        "turns in one process; times are medians, so that ratios hold where milliseconds do not.\n\n"
+        f"{table}\n\nThe results are in `benchmarks/results`; these commands make them and this section:\n\n"
+        "```bash\n" + "\n".join([*commands, "python benchmarks/report.py"]) + "\n```"
+    )
+
+
+def insert(readme: str, section: str) -> str:
+    """`readme` with `section` between the markers.
+
+    Raises:
+        ValueError: the markers are not there once each, in order.
+    """
+    before, start, rest = readme.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end) or START in after or END in before:
+        raise ValueError(
+            f"README.md: expected {START!r} and then {END!r}, once each, got something else. Next step: put them back."
+        )
+    return f"{before}{START}\n{section}\n{END}{after}"
+
+
+def _describe(machine: dict[str, Any]) -> str:
+    threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    return f"{machine['cpu']} ({machine['cores']} cores, {threads}, torch {machine['torch']})"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3g} ms" if value < 1000 else f"{value:,.0f} ms"
+
+
+def _millions(policy: dict[str, Any]) -> str:
+    parameters, in_each_step = policy["expert_parameters"] / 1e6, policy["parameters_in_each_flow_step"] / 1e6
+    return f"{parameters:.1f}M parameters, {in_each_step:.1f}M in each flow step, {policy['expert_layers']} layers"
+
+
+def main() -> None:
+    README.write_text(insert(README.read_text(), render()))
+    print(f"written to {README}")
+
+
+if __name__ == "__main__":
+    main()
