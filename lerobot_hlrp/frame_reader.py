@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from lerobot.utils.constants import ACTION
 from lerobot.utils.import_utils import get_safe_default_video_backend
 from PIL import Image
 
+from hlrp_core.laq.quantizer import resize_images
 from lerobot_hlrp.batch import to_frames
 from lerobot_hlrp.expectation import expect
 
@@ -132,9 +132,8 @@ def resize_frames(frames: np.ndarray, size: int) -> np.ndarray:
     """Frames `[n, H, W, 3]` uint8 -> `[n, size, size, 3]` uint8."""
     if frames.shape[1:3] == (size, size):
         return frames
-    images = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
-    resized = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-    return resized.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    resized = resize_images(torch.from_numpy(frames).permute(0, 3, 1, 2), size)
+    return resized.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def read_actions(dataset: LeRobotDataset) -> np.ndarray | None:

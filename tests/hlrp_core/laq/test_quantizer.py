@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from hlrp_core.laq.code_provider import CodeProvider
 from hlrp_core.laq.code_table import CodeTable, CodeTableHeader
 from hlrp_core.laq.config import QUANTIZERS, LAQConfig, fsq_levels
-from hlrp_core.laq.quantizer import LatentActionQuantizer
+from hlrp_core.laq.quantizer import LatentActionQuantizer, resize_images
 from hlrp_core.laq.quantizers import make_quantizer
 
 TINY = {"image_size": 16, "hidden_dim": 16, "num_layers": 1}
@@ -213,3 +214,17 @@ def test_laq_and_table_provide_codes_alike():
         assert bool(all_valid.all())
         with pytest.raises(ValueError, match=r"expected .* got None"):
             provider.provide_codes()
+
+
+@pytest.mark.parametrize("side", [24, 12, (20, 44)], ids=["smaller", "larger", "oblong"])
+def test_resizing_bytes_equals_resizing_floats_to_one_grey_level(side):
+    height, width = side if isinstance(side, tuple) else (side, side)
+    frames = random_frames(4, side=max(height, width))[:, 0, :height, :width]
+    images = frames.permute(0, 3, 1, 2)
+    slow = F.interpolate(images.float(), (16, 16), mode="bilinear", antialias=True).round()
+    fast = resize_images(images, 16)
+    assert fast.dtype == torch.uint8
+    assert (fast.float() - slow).abs().max() <= 1
+    one_by_one = torch.cat([resize_images(image[None], 16) for image in images])
+    assert torch.equal(fast, one_by_one)
+    assert resize_images(fast, 16) is fast
