@@ -4,13 +4,36 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+MACHINE = {"cpu": "A Processor", "cores": 2, "threads": 1, "torch": "2.0"}
+POLICY = {"expert_parameters": 31_000_000, "parameters_in_each_flow_step": 12_000_000, "expert_layers": 8}
+POLICY |= {"chunk_ms": 1234.5, "chunk_ratio": 0.4, "training_step_ms": 56.7, "training_step_ratio": 0.5}
+POLICIES = dict.fromkeys(("smolvla", "matched", "same_heads", "defaults"), POLICY)
+CODES = {"size": "tiny", "batch": 1, "S": 4, "K": 8, "constrained_ms": 5.0, "floor_ms": 4.0, "generate_ms": 20.0}
+LABELLING = {"label_ms": 1.0, "decode_ms": 0.2, "encode_ms": 1.2, "label_over_decode": 5.0}
+SAMPLES = {
+    "training_loss": {
+        "tiny": {"batch_size": 8, "vocabulary": 9, "ours_ms": 1, "full_ms": 2, "time_ratio": 2.0, "memory_ratio": 3.0}
+    },
+    "decoding": [{**CODES, "constrained_over_floor": 1.25, "generate_over_constrained": 4.0}],
+    "outside_model": [
+        {
+            "backend": "qwen_chat",
+            "instructions": "known",
+            "batch_size": 8,
+            "outside_ms": 2.0,
+            "step_ms": 40.0,
+            "outside_share": 0.051,
+        }
+    ],
+    "labelling": {"128x128 images": LABELLING},
+    "labelling_memory": {"1": {"frames": 1000, "peak_mb": 500.0}, "2": {"frames": 100_000, "peak_mb": 510.0}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -22,31 +45,51 @@ def report() -> ModuleType:
     return module
 
 
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A folder with a small result of every benchmark."""
+    common = {"machine": MACHINE, "size": "tiny"}
+    for name, sample in SAMPLES.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({**common, "results": sample}))
+    for name, mkl in (("smolvla", False), ("smolvla_mkl", True)):
+        result = {**common, "mkl": mkl, "batch_size": 8, "policies": POLICIES}
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    return tmp_path
+
+
+@pytest.mark.skipif(not (BENCHMARKS / "results").is_dir(), reason="nothing has been measured yet")
 def test_the_readme_shows_the_results(report):
     readme = report.README.read_text()
     assert report.insert(readme, report.render()) == readme, "run: python benchmarks/report.py"
 
 
-def test_the_section_follows_the_results(report, tmp_path):
-    results = Path(shutil.copytree(report.RESULTS, tmp_path / "results"))
-    path = results / "outside_model.json"
-    result = json.loads(path.read_text())
-    result["results"][0]["outside_share"] = 0.123
-    result["machine"]["cpu"] = "A Machine of Another Kind"
-    path.write_text(json.dumps(result))
+def test_every_result_reaches_the_section(report, results):
     section = report.render(results)
-    assert "12.3% of the step" in section
-    assert "A Machine of Another Kind" in section
-    assert section != report.render()
+    assert "A Processor (2 cores, one thread, torch 2.0)" in section
+    for figure in ("3.0x less extra memory", "1.25x the floor", "5.1% of the step", "1,234 ms", "0.4x its time"):
+        assert figure in section, figure
+    for figure in ("MKL on both sides", "31.0M parameters, 12.0M in each flow step", "5.0x decoding", "| 1.02x |"):
+        assert figure in section, figure
+    assert {line.count("|") for line in section.splitlines() if line.startswith("|")} == {5}
 
 
-def test_a_missing_result_names_the_command_that_makes_it(report, tmp_path):
-    results = Path(shutil.copytree(report.RESULTS, tmp_path / "results"))
+def test_another_machine_is_named_too(report, results):
+    path = results / "outside_model.json"
+    path.write_text(path.read_text().replace("A Processor", "Another Processor"))
+    section = report.render(results)
+    assert "A Processor (" in section
+    assert "Another Processor (" in section
+
+
+def test_a_missing_result_names_the_command_that_makes_it(report, results):
     (results / "smolvla.json").unlink()
     with pytest.raises(ValueError, match=r"no smolvla\.json.*python benchmarks/smolvla\.py --output"):
         report.render(results)
 
 
-def test_a_readme_without_markers_is_refused(report):
+def test_the_section_replaces_what_was_between_the_markers(report):
+    readme = f"# Title\n\n{report.START}\nold\n{report.END}\n\n## Licence\n"
+    assert report.insert(readme, "new") == f"# Title\n\n{report.START}\nnew\n{report.END}\n\n## Licence\n"
+    assert report.insert(report.insert(readme, "new"), "new") == report.insert(readme, "new")
     with pytest.raises(ValueError, match=r"README\.md: expected"):
-        report.insert("# A title\n", "text")
+        report.insert("# Title\n", "new")
