@@ -60,11 +60,13 @@ def outside_model_rows(result: dict[str, Any]) -> list[Row]:
 def smolvla_rows(result: dict[str, Any]) -> list[Row]:
     policies = result["policies"]
     peer, rows = policies["smolvla"], []
-    kernels = ", MKL on both sides" if result["mkl"] else ""
+    kernels, names = "", ("matched", "same_heads", "defaults")
+    if result["mkl"]:
+        kernels, names = ", MKL on both sides", ("matched",)
     beside = f"`smolvla`, expert of {_millions(peer)}"
     kinds = (("chunk", "chunk of 50 actions"), ("training_step", f"training step, batch {result['batch_size']}"))
     for part, title in kinds:
-        for name in ("matched", "same_heads", "defaults"):
+        for name in names:
             ours = policies[name]
             rows.append(
                 (
