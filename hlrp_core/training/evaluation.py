@@ -153,8 +153,10 @@ def _predict(backend: VLABackend, batches: Iterable[FoundationBatch]) -> list[_P
     ValueError: no sample has a valid code.
     """
     found = []
-    # a flow's figures must not change from one evaluation of a model to the next, nor the training behind it
-    sampling = SamplingOptions(generator=torch.Generator().manual_seed(0))
+    sampling = None
+    if getattr(backend, "code_vectors", None) is not None:
+        # a flow's figures must not change from one evaluation of a model to the next, nor the training behind it
+        sampling = SamplingOptions(generator=torch.Generator().manual_seed(0))
     with _evaluating(backend):
         for batch in batches:
             mask = batch.codes_mask()

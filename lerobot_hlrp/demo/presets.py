@@ -94,7 +94,7 @@ PRESETS = {
         laq_steps=1200,
         first_codes=Training(steps=2000, batch_size=64, lr=1e-3, warmup=100, save_freq=500),
         codes=Training(steps=3000, batch_size=64, lr=1e-3, warmup=100, save_freq=500),
-        actions=Training(steps=800, batch_size=64, lr=1e-3, warmup=50, save_freq=200, eval_freq=200),
+        actions=Training(steps=1600, batch_size=64, lr=1e-3, warmup=50, save_freq=400, eval_freq=400),
         eval_episodes=50,
         without_words=True,
     ),

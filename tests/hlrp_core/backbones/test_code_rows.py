@@ -20,7 +20,7 @@ from hlrp_core.bundle import WEIGHTS, build_saved_backend, load_backend, load_te
 from hlrp_core.codes.decoding import make_decoder
 from hlrp_core.contract import BackendMode
 from hlrp_core.registry import available_backends
-from hlrp_core.training.code_training import _Objective
+from hlrp_core.training.objective import CodeObjective
 
 CODES = BackendMode.CODES
 FAMILIES = {"qwen_chat": True, "smol_plain": False}  # whether the tables of the tiny checkpoint are tied
@@ -167,10 +167,10 @@ def test_on_several_devices_every_parameter_gets_its_gradient(name, build, tmp_p
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        objective = _Objective(build(name).train())
+        objective = CodeObjective(build(name).train())
         wrapped = torch.nn.parallel.DistributedDataParallel(objective)
         for _ in range(2):
-            wrapped(fake_batch(objective.backend)).loss.backward()
+            wrapped([fake_batch(objective.backend)]).loss.backward()
         assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)
     finally:
         torch.distributed.destroy_process_group()
@@ -190,8 +190,8 @@ def test_frozen_with_the_backbone(make_tiny_backend):
     assert not any(p.requires_grad for p in backend.core.parameters())
 
 
-@pytest.mark.parametrize("name", [name for name in available_backends() if "latent_head" in name])
-def test_a_latent_head_has_no_code_rows(name, make_tiny_backend):
+@pytest.mark.parametrize("name", [name for name in available_backends() if name.endswith("_head")])
+def test_a_head_on_hidden_states_has_no_code_rows(name, make_tiny_backend):
     with pytest.raises(ValueError, match=r"train_vocabulary: expected 'all' with \w+.*Next step"):
         make_tiny_backend(name, train_vocabulary="code_rows")
 
