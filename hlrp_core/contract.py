@@ -219,7 +219,7 @@ class LatentOutput:
         logits: `[B, S, K]`.
         tokens: `[B, S]` long: codes; -1 where free decoding did not parse.
         vector: `[B, S, D]` float32, in the units of the LAQ's code vectors. Not quantised.
-            meta: small things for debugging, such as the text that did not parse.
+        meta: small things for debugging, such as the text that did not parse.
     """
 
     logits: Tensor | None = None

@@ -21,12 +21,12 @@ class PromptConfig:
         instruction_template: `{instruction}` stands for the user's words, which are always plain text.
         use_instruction: False hides the user's words from the model: the baseline that cannot listen.
         state_text: write the normalised state at time t behind the words, on a line of its own, as whole numbers.
-        Off, only an action head sees the state.
-    state_template: `{state}` stands for the numbers, with blanks between them.
-    state_bins: how many numbers there are: 0 to `state_bins` - 1.
-    state_range: the bins divide [-`state_range`, `state_range`] evenly, and what lies beyond falls into the outer ones.
-        The default suits a state normalised to mean 0 and standard deviation 1; for one in [-1, 1] it is 1.
-    image_position: of the image, relative to the words. `after` lets the image's tokens attend to the words
+            Off, only an action head sees the state.
+        state_template: `{state}` stands for the numbers, with blanks between them.
+        state_bins: how many numbers there are: 0 to `state_bins` - 1.
+        state_range: the bins divide [-`state_range`, `state_range`] evenly, and what lies beyond falls into the outer
+            ones. The default suits a state normalised to mean 0 and standard deviation 1; for one in [-1, 1] it is 1.
+        image_position: of the image, relative to the words. `after` lets the image's tokens attend to the words
             under a causal mask: a model trained from scratch needs it to learn what the words point at.
         length_from: who finds the prompt's ids and so its length: the `tokenizer` alone, with the image's token
             count from its grid, or the `processor`'s own output. Both are compared once, at setup.
