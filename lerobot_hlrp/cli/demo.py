@@ -22,11 +22,13 @@ class DemoConfig:
     """Args:
     preset: `demo` (25 minutes on two cores), `full` (90 minutes, reaching and pushing) or `smoke` (only runs it all).
     output_dir: where checkpoints, report and pictures go.
+    seed: another one gives other scenes to learn from, weights and batches; the evaluation's scenes stay the same.
     print_commands: only print the commands that it would run.
     """
 
     preset: str = "demo"
     output_dir: Path = Path("outputs/demo")
+    seed: int = 0
     print_commands: bool = False
 
 
@@ -39,7 +41,7 @@ def run_demo(config: DemoConfig) -> int:
 
     if config.preset not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {config.preset!r}")
-    pipeline = Pipeline(config.output_dir, PRESETS[config.preset])
+    pipeline = Pipeline(config.output_dir, PRESETS[config.preset], seed=config.seed)
     steps = pipeline.steps()
     if config.print_commands:
         print("\n".join(shlex.join(step.command) for step in steps))

@@ -10,7 +10,11 @@ from lerobot_hlrp.demo.presets import Preset, Training
 from lerobot_hlrp.demo.runner import Step
 
 LOG_FREQ = 50
-FIRST_TIER_SEED = 1_000_000  # far from the seeds of the other recording: no scene is in both
+# A recording has a seed for each of its episodes, counted from its own. These keep all recordings apart.
+FIRST_TIER_SEED = 1_000_000
+SEED_DISTANCE = 2_000_000
+TRAINING_SEED = 1000  # lerobot-train's default
+MAX_SEED = 1000
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,17 @@ class Pipeline:
     Args:
         folder: where everything goes.
         preset: how much of it.
+        seed: another one gives other scenes, weights and batches. The scenes of the evaluation stay the same.
     """
 
-    def __init__(self, folder: Path, preset: Preset):
+    def __init__(self, folder: Path, preset: Preset, *, seed: int = 0):
+        if not 0 <= seed <= MAX_SEED:
+            raise ValueError(f"seed: expected 0 to {MAX_SEED}, got {seed}. Next step: choose one of these.")
         self.folder = folder
         self.preset = preset
-        self.data = Data("hlrp/tabletop", folder / "dataset", folder / "codes.safetensors", preset.tiers, seed=0)
+        self.seed = seed
+        recording = seed * SEED_DISTANCE
+        self.data = Data("hlrp/tabletop", folder / "dataset", folder / "codes.safetensors", preset.tiers, recording)
         self.first_data = self._plan_first_data() if preset.first_codes is not None else None
         self.laq = folder / "laq"
         self.codes_figures = folder / "codes_eval.json"
@@ -84,9 +93,8 @@ class Pipeline:
     def _plan_first_data(self) -> Data:
         tier = self.preset.tiers[0]
         table = self.folder / f"codes_{tier}.safetensors"
-        return Data(
-            f"hlrp/tabletop_{tier}", self.folder / f"dataset_{tier}", table, (tier,), FIRST_TIER_SEED, f"_{tier}"
-        )
+        seed = self.data.seed + FIRST_TIER_SEED
+        return Data(f"hlrp/tabletop_{tier}", self.folder / f"dataset_{tier}", table, (tier,), seed, f"_{tier}")
 
     def _plan_evaluations(self) -> list[Evaluation]:
         policy = self.checkpoint("stage3")
@@ -127,7 +135,7 @@ class Pipeline:
         command += [f"--laq.frame_gap={preset.frame_gap}", f"--laq.codebook_size={preset.codebook_size}"]
         command += [f"--laq.code_seq_len={preset.code_seq_len}"]
         command += [f"--steps={preset.laq_steps}", f"--batch_size={preset.laq_batch_size}"]
-        command += [f"--laq.num_layers={preset.laq_num_layers}"]
+        command += [f"--laq.num_layers={preset.laq_num_layers}", f"--seed={self.seed}"]
         title = "Stage 1: train the latent-action quantiser on frame pairs (no actions)"
         return Step("stage1", title, command, self.laq, lambda: command)
 
@@ -138,7 +146,7 @@ class Pipeline:
 
     def _backbone(self) -> Step:
         folder = self.folder / "backbone"
-        command = ["hlrp-backbone", "--family=qwen3_vl", "--size=tiny", f"--output={folder}"]
+        command = ["hlrp-backbone", "--family=qwen3_vl", "--size=tiny", f"--output={folder}", f"--seed={self.seed}"]
         return Step("backbone", "Make a tiny, randomly initialised Qwen3-VL checkpoint", command, folder)
 
     def stage2_steps(self, *, words: bool = True) -> list[Step]:
@@ -206,7 +214,7 @@ class Pipeline:
         flags += [f"--save_freq={training.save_freq}", f"--log_freq={LOG_FREQ}"]
         flags += [f"--env_eval_freq={training.eval_freq}"]
         flags += [f"--num_workers={self.preset.num_workers}", f"--dataset.eval_split={self.preset.holdout_share}"]
-        return [*flags, "--policy.device=cpu"]
+        return [*flags, f"--seed={TRAINING_SEED + self.seed}", "--policy.device=cpu"]
 
     def _evaluate(self, evaluation: Evaluation) -> Step:
         episodes = self.preset.eval_episodes

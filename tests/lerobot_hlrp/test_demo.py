@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,19 @@ def test_a_first_tier_is_learnt_before_all_of_them():
         assert f"--policy.path={first.output}/checkpoints/last/pretrained_model" in then.command
         assert ("--policy.prompt.use_instruction=false" in first.command) == bool(words)
     assert steps["label_reach"].command[1] == steps["label"].command[1]  # codes of one quantiser
-    seeds = {
-        name: next(flag for flag in steps[name].command if "--seed" in flag) for name in ("record", "record_reach")
-    }
-    assert seeds["record"] != seeds["record_reach"]
+
+
+def test_recordings_share_no_scene_and_every_training_has_the_seed():
+    recorded: list[range] = []
+    for seed in (0, 1, 2):
+        pipeline = Pipeline(Path("out"), PRESETS["full"], seed=seed)
+        for data in (pipeline.data, pipeline.first_data):
+            recorded.append(range(data.seed, data.seed + pipeline.preset.episodes * len(data.tiers)))
+        seeds = {step.name: [f for f in step.command if f.startswith("--seed=")] for step in pipeline.steps()}
+        assert seeds["stage1"] == seeds["backbone"] == [f"--seed={seed}"]
+        assert seeds["stage2_reach"] == seeds["stage2"] == seeds["stage3_without_words"] == [f"--seed={1000 + seed}"]
+        assert seeds["eval_reach_true"] == []
+    recorded.sort(key=lambda seeds: seeds.start)
+    assert all(one.stop <= other.start for one, other in pairwise(recorded))
+    with pytest.raises(ValueError, match=r"seed: expected 0 to 1000, got -1.*Next step"):
+        Pipeline(Path("out"), PRESETS["demo"], seed=-1)
