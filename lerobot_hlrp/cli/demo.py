@@ -48,7 +48,7 @@ def run_demo(config: DemoConfig) -> int:
         return 0
     runner = StepRunner(config.output_dir)
     try:
-        runner.run_all(steps)
+        runner.run_all(pipeline.common_steps(), pipeline.branches())
     except KeyboardInterrupt:
         print("\nInterrupted. Run the same command again: it picks up where it stopped.")
         return 130

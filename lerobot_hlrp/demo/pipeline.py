@@ -113,14 +113,23 @@ class Pipeline:
     # -- the commands ---------------------------------------------------------------------------------------------
 
     def steps(self) -> list[Step]:
+        """All of them, in an order in which they can run."""
+        return [*self.common_steps(), *(step for branch in self.branches() for step in branch)]
+
+    def common_steps(self) -> list[Step]:
+        """What every policy needs: data, quantiser, labels, backbone."""
         datasets = [self.data] if self.first_data is None else [self.data, self.first_data]
         steps = [self._record(data) for data in datasets]
-        steps += [self._train_laq(), *(self._label(data) for data in datasets), self._backbone()]
-        steps += [*self.stage2_steps(), self._evaluate_codes(), self._train_actions()]
-        steps += [self._evaluate(evaluation) for evaluation in self.evaluations]
+        return [*steps, self._train_laq(), *(self._label(data) for data in datasets), self._backbone()]
+
+    def branches(self) -> list[list[Step]]:
+        """For each policy its steps after those; they need nothing of each other."""
+        with_words = [*self.stage2_steps(), self._evaluate_codes(), self._train_actions()]
+        branches = [with_words + [self._evaluate(evaluation) for evaluation in self.evaluations]]
         if self.preset.without_words:
-            steps += [*self.stage2_steps(words=False), self._train_actions(words=False)]
-        return steps + [self._evaluate(evaluation) for evaluation in self.evaluations_without_words]
+            without = [*self.stage2_steps(words=False), self._train_actions(words=False)]
+            branches.append(without + [self._evaluate(one) for one in self.evaluations_without_words])
+        return branches
 
     def _record(self, data: Data) -> Step:
         command = ["hlrp-record", "--env.type=hlrp_tabletop", f"--env.task={','.join(data.tiers)}", *data.flags]

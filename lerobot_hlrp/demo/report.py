@@ -64,7 +64,7 @@ def collect_results(pipeline: Pipeline, runner: StepRunner, steps: list[Step]) -
             "episodes": episodes,
             "tiers": tiers,
         },
-        "wall_s": sum(runner.wall_s(step) for step in steps),
+        "wall_s": runner.total_s(steps),
         "steps_s": {step.name: runner.wall_s(step) for step in steps},
     }
 
@@ -182,7 +182,7 @@ def _report_text(
         *picture("stage3", "loss and success while training"),
         "## The commands",
         "",
-        "Each step is a command of its own:",
+        f"Each step is a command of its own.{_beside(results)}",
         "",
         "```bash",
         *(line for step in steps for line in (f"# {step.title}: {_minutes(results, step)}", shlex.join(step.command))),
@@ -201,6 +201,13 @@ def _first_tier_lines(pipeline: Pipeline) -> list[str]:
         f"({preset.first_codes.steps:,} steps), then from all tiers ({preset.codes.steps:,} steps; dotted line).",
         "",
     ]
+
+
+def _beside(results: dict[str, Any]) -> str:
+    one_by_one = sum(results["steps_s"].values())
+    if one_by_one < 1.05 * results["wall_s"]:
+        return ""
+    return f" Those without words ran beside the others; the times add up to {one_by_one / 60:.1f} minutes."
 
 
 def _minutes(results: dict[str, Any], step: Step) -> str:

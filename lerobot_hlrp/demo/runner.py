@@ -1,7 +1,8 @@
 """Runs the demo's steps as the plain commands that a user can type, and picks up where it stopped.
 
-A finished step leaves a marker with its command and its wall time; a step whose command has changed runs again, and so
-does everything after it. An interrupted step is handed back to its own command, which continues or starts anew.
+A finished step leaves a marker with its command and the times of its runs; a step whose command has changed runs again,
+and so does everything after it. An interrupted step is handed back to its own command, which continues or starts anew.
+Branches that need nothing of each other run beside each other where there is a core for each.
 """
 
 from __future__ import annotations
@@ -10,15 +11,14 @@ import json
 import os
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hlrp_core.bundle import write_json
+from lerobot_hlrp.demo.processes import Terminal, run_logged
 
 
 @dataclass(frozen=True)
@@ -50,32 +50,52 @@ class StepRunner:
 
     Args:
         folder: the demo's folder; markers and logs go below it.
+        num_cores: that commands may use; by default all that this process has.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, num_cores: int | None = None):
         self.folder = folder
         self.markers = folder / "steps"
         self.logs = folder / "logs"
-        self._upstream_changed = False
+        self.num_cores = count_cores() if num_cores is None else num_cores
+        self._titles: dict[str, str] = {}
         for path in (self.markers, self.logs):
             path.mkdir(parents=True, exist_ok=True)
 
-    def run_all(self, steps: list[Step]) -> None:
-        """Raises:
-        StepError: a command failed.
-        KeyboardInterrupt: the user interrupted; the finished steps keep.
+    def run_all(self, steps: Sequence[Step], branches: Sequence[Sequence[Step]] = ()) -> None:
+        """Args:
+            steps: one after another.
+            branches: then these. Each is in order; they need the steps and nothing of each other. With a core for each
+                they run at once, and the terminal shows the first one, then what is left of the others.
+
+        Raises:
+            StepError: a command failed.
+            KeyboardInterrupt: the user interrupted; the finished steps keep.
         """
-        for number, step in enumerate(steps, start=1):
-            print(f"\n\033[1m[{number}/{len(steps)}] {step.title}\033[0m\n  {shlex.join(step.command)}", flush=True)
-            if self._is_done(step):
-                print(f"  done before, in {self.wall_s(step):.0f} s")
-                continue
-            self._upstream_changed = True
-            self._run(step)
+        everything = [*steps, *(step for branch in branches for step in branch)]
+        self._titles = {
+            step.name: f"[{number}/{len(everything)}] {step.title}" for number, step in enumerate(everything, start=1)
+        }
+        terminal = Terminal()
+        has_changed = self._run_in_order(steps, terminal)
+        threads = int(os.environ.get("OMP_NUM_THREADS") or 1)
+        if len(branches) > 1 and self.num_cores >= len(branches) * threads:
+            self._run_beside(branches, terminal, has_changed)
+        else:
+            for branch in branches:
+                self._run_in_order(branch, terminal, has_changed)
 
     def wall_s(self, step: Step) -> float:
         """Seconds that the step took, all its interrupted runs included."""
-        return self._read(step).get("wall_s", 0.0)
+        return sum(end - start for start, end in self._read(step).get("runs", []))
+
+    def total_s(self, steps: Iterable[Step]) -> float:
+        """Seconds in which at least one of the steps was running."""
+        total, covered_until = 0.0, 0.0
+        for start, end in sorted(tuple(run) for step in steps for run in self._read(step).get("runs", [])):
+            total += max(0.0, end - max(start, covered_until))
+            covered_until = max(covered_until, end)
+        return total
 
     def log_path(self, step: Step) -> Path:
         return self.logs / f"{step.name}.log"
@@ -87,11 +107,43 @@ class StepRunner:
         marker = self._marker(step)
         return json.loads(marker.read_text()) if marker.is_file() else {}
 
+    def _run_beside(self, branches: Sequence[Sequence[Step]], terminal: Terminal, has_changed: bool) -> None:
+        first, *others = branches
+        hidden = [Terminal(visible=False) for _ in others]
+        with ThreadPoolExecutor(len(others)) as threads:
+            futures = [
+                threads.submit(self._run_in_order, branch, its_terminal, has_changed)
+                for branch, its_terminal in zip(others, hidden, strict=True)
+            ]
+            try:
+                self._run_in_order(first, terminal, has_changed)
+                for future, its_terminal in zip(futures, hidden, strict=True):
+                    its_terminal.visible = True
+                    future.result()
+            except BaseException:
+                for its_terminal in hidden:
+                    its_terminal.stop()
+                raise
+
+    def _run_in_order(self, steps: Sequence[Step], terminal: Terminal, has_changed: bool = False) -> bool:
+        """Returns:
+        whether a step ran: whatever is made from it is out of date.
+        """
+        for step in steps:
+            beside = "" if terminal.visible else f" (beside the others; it prints to {self.log_path(step)})"
+            print(f"\n\033[1m{self._titles[step.name]}\033[0m{beside}\n  {shlex.join(step.command)}", flush=True)
+            if not has_changed and self._is_done(step):
+                print(f"  done before, in {self.wall_s(step):.0f} s")
+                continue
+            has_changed = True
+            self._run(step, terminal)
+        return has_changed
+
     def _is_done(self, step: Step) -> bool:
         seen = self._read(step)
-        return not self._upstream_changed and bool(seen.get("done")) and seen.get("command") == step.command
+        return bool(seen.get("done")) and seen.get("command") == step.command
 
-    def _run(self, step: Step) -> None:
+    def _run(self, step: Step, terminal: Terminal) -> None:
         before = self._read(step)
         continues = bool(before) and not before.get("done") and before.get("command") == step.command
         continued = step.resume() if continues else None
@@ -100,20 +152,29 @@ class StepRunner:
             _delete(step.output)
         if command != step.command:
             print(f"  continuing: {shlex.join(command)}", flush=True)
-        spent = before.get("wall_s", 0.0) if continues else 0.0
-        write_json(self._marker(step), {"command": step.command, "done": False, "wall_s": spent})
-        start = time.perf_counter()
+        runs = before.get("runs", []) if continues else []
+        start = time.time()
+        write_json(self._marker(step), {"command": step.command, "done": False, "runs": runs})
         code = -1
         try:
-            code = run_logged(command, self.log_path(step), append=continues)
+            code = run_logged(command, self.log_path(step), terminal=terminal, append=continues)
+        except FileNotFoundError as error:
+            raise StepError(str(error)) from error
         finally:
-            spent += time.perf_counter() - start
-            write_json(self._marker(step), {"command": step.command, "done": code == 0, "wall_s": spent})
-        if code != 0:
+            runs = [*runs, [start, time.time()]]
+            write_json(self._marker(step), {"command": step.command, "done": code == 0, "runs": runs})
+        if code != 0 and not terminal.stopped:
             raise StepError(
                 f"step '{step.name}': expected its command to succeed, got exit status {code}. "
                 f"Next step: read {self.log_path(step)}, then run the same demo command again; finished steps are kept."
             )
+        if code != 0:
+            raise KeyboardInterrupt
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _delete(path: Path) -> None:
@@ -121,35 +182,3 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def run_logged(command: list[str], log: Path, *, append: bool = False) -> int:
-    """Run a command, showing what it prints and keeping it in `log`; returns its exit status.
-
-    An interrupt reaches the command too (same process group): it may save its state before this raises.
-    """
-    # One thread unless the user wants more: models this small gain little from a second one, which also has to wait
-    # whenever anything else runs (a data loader, another program), and results then depend on the number of cores.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-    program = shutil.which(command[0], path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    if program is None:
-        raise StepError(f"expected the command {command[0]} to be installed, got none. Next step: pip install -e .")
-    with log.open("ab" if append else "wb") as file:
-        process = subprocess.Popen(
-            [program, *command[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
-        )
-        assert process.stdout is not None
-        try:
-            while chunk := process.stdout.read1(65536):  # type: ignore[attr-defined]
-                file.write(chunk)
-                sys.stdout.buffer.write(chunk)
-                sys.stdout.buffer.flush()
-            return process.wait()
-        except BaseException:
-            # the terminal has already told the command; from elsewhere (kill) it has to be passed on
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            raise

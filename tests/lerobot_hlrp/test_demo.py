@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -79,6 +83,76 @@ def test_an_unfinished_step_without_continuation_starts_afresh(tmp_path):
         StepRunner(tmp_path).run_all([step])
     StepRunner(tmp_path).run_all([step])
     assert runs(step) == 1
+
+
+def waiting_step(folder: Path, name: str, *, until: Path, script: str = "") -> Step:
+    """A step that ends when a file is there, for which it waits ten seconds at most."""
+    wait = "import pathlib, sys, time\nend = time.time() + 10\n"
+    wait += f"while not pathlib.Path({str(until)!r}).exists():\n    time.sleep(0.02)\n"
+    wait += "    if time.time() > end: sys.exit('nobody came')\n"
+    return touch_step(folder, name, script=f"{wait}{script}print({name!r}, 'ran')\npathlib.Path({name!r}).touch()")
+
+
+def test_branches_run_beside_each_other(tmp_path, monkeypatch, capfd):
+    """Each of two steps waits for what the other makes: one after another they could not end."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    hello = touch_step(tmp_path, "hello", script="open('hello', 'w')")
+    first = [
+        touch_step(tmp_path, "begun", script="open('begun', 'w')"),
+        waiting_step(tmp_path, "a", until=tmp_path / "b"),
+    ]
+    second = [waiting_step(tmp_path, "b", until=tmp_path / "begun"), waiting_step(tmp_path, "c", until=tmp_path / "a")]
+    runner = StepRunner(tmp_path, num_cores=2)
+    runner.run_all([hello], [first, second])
+    steps = [hello, *first, *second]
+    assert all(runner._read(step)["done"] for step in steps)
+    assert runner.log_path(second[0]).read_text() == "b ran\n"
+    printed = capfd.readouterr().out
+    assert "a ran" in printed
+    assert "b ran" not in printed  # it was in the background
+    assert runner.total_s(steps) < sum(runner.wall_s(step) for step in steps)
+    StepRunner(tmp_path, num_cores=1).run_all([hello], [first, second])
+    assert capfd.readouterr().out.count("done before") == 5
+
+
+def test_branches_take_turns_on_one_core(tmp_path):
+    branches = [[touch_step(tmp_path, "a")], [touch_step(tmp_path, "b")]]
+    runner = StepRunner(tmp_path, num_cores=1)
+    runner.run_all([], branches)
+    (a,), (b,) = branches
+    assert runner.total_s([a, b]) == pytest.approx(runner.wall_s(a) + runner.wall_s(b))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_failure_in_a_branch_interrupts_the_other_or_ends_after_it(which, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    broken = touch_step(tmp_path, "broken", script="import sys; sys.exit(3)")
+    other = waiting_step(tmp_path, "other", until=tmp_path / ("never" if which == 0 else "steps/broken.json"))
+    branches = [[broken], [other]] if which == 0 else [[other], [broken]]
+    with pytest.raises(StepError, match=r"'broken'.*exit status 3"):
+        StepRunner(tmp_path, num_cores=2).run_all([], branches)
+    assert StepRunner(tmp_path)._read(other).get("done", False) == (which == 1)
+
+
+def test_an_interrupt_reaches_every_branch(tmp_path, monkeypatch):
+    """Sent to the demo alone, as `kill` does, and not to the terminal's group of processes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    save = "import pathlib, time\ntry:\n    pathlib.Path({0!r}).touch()\n    time.sleep(20)\n"
+    save += "except KeyboardInterrupt:\n    pathlib.Path({1!r}).touch()\n    raise SystemExit(130)\n"
+    steps = [touch_step(tmp_path, name, script=save.format(f"{name}_begun", f"{name}_saved")) for name in "ab"]
+
+    def kill_when_both_run() -> None:
+        while not all((tmp_path / f"{name}_begun").exists() for name in "ab"):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=kill_when_both_run).start()
+    with pytest.raises(KeyboardInterrupt):
+        StepRunner(tmp_path, num_cores=2).run_all([], [[step] for step in steps])
+    assert all((tmp_path / f"{name}_saved").exists() for name in "ab")
 
 
 def test_training_curves_are_read_from_lerobots_log():
