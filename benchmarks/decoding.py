@@ -3,21 +3,29 @@
     python benchmarks/decoding.py --output outputs/decoding.json
 
 The floor is what no decoder of S codes can go below: the vision tower and the prefill of the prompt, then S - 1 steps
-of one token over the cache, with no vocabulary projection at all. All three get the same encoded prompts and take
-turns; `constrained` and `generate` give the same codes (checked). `whole` is `latent_from_batch`: image processing,
-prompts and constrained decoding. Times are medians in milliseconds, on one thread.
+of one token over the cache, with no vocabulary projection at all. All of them get the same encoded prompts and take
+turns; `constrained` and `generate` give the same codes (checked). `generate` is timed with the package's kernels for
+linear layers and, as `generate_torch`, with torch's own, as it runs without this package. `whole` is
+`latent_from_batch`: image processing, prompts and constrained decoding. Times are medians in milliseconds, on one
+thread.
+
+Each size is measured with the small vocabulary of a random checkpoint and with as many rows as Qwen3-VL has:
+`generate` projects onto all of them in every step.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
 from measuring import describe_machine, interleaved_ms, print_table, write_result
 
 from hlrp_core import BackendMode, FoundationBatch, SamplingOptions, make_backend
+from hlrp_core.backbones.cpu_linear import speed_up_linears, torch_kernels
 from hlrp_core.backbones.random_checkpoint import write_random_checkpoint
 from hlrp_core.backends.composed import ComposedBackend
 from hlrp_core.codes.decoding import make_decoder
@@ -25,6 +33,7 @@ from hlrp_core.prompting.strategy import PromptInputs
 
 INSTRUCTIONS = ("reach the red disc", "push the green block to the blue corner, slowly", "open the top drawer", "stop")
 CODES = ((4, 8), (8, 256))  # S, K
+VOCABULARIES = (None, 151_936)  # rows; None: the checkpoint's own
 
 
 def run_floor(backend: ComposedBackend, inputs: PromptInputs) -> None:
@@ -42,11 +51,26 @@ def sharpen(backend: ComposedBackend) -> None:
         backend.core.lm_head.weight[rows] += torch.randn(len(rows), backend.core.hidden_dim)
 
 
-def measure(folder: Path, batch_size: int, code_seq_len: int, codebook_size: int, rounds: int) -> dict:
-    sizes = {"code_seq_len": code_seq_len, "codebook_size": codebook_size}
+def build(folder: Path, vocabulary: int | None, *, code_seq_len: int, codebook_size: int) -> ComposedBackend:
     torch.manual_seed(0)
-    backend = make_backend("qwen_chat", backbone=folder, **sizes).eval()
+    backend = make_backend("qwen_chat", backbone=folder, code_seq_len=code_seq_len, codebook_size=codebook_size)
+    if vocabulary is not None:
+        backend.core.model.resize_token_embeddings(vocabulary, mean_resizing=False)
+        speed_up_linears(backend)  # of the new projection, too
+        backend.setup(device=torch.device("cpu"))
     sharpen(backend)
+    return backend.eval()
+
+
+def run_on_torch_kernels(function: Callable[[], object]) -> None:
+    with torch_kernels():
+        function()
+
+
+def measure(
+    folder: Path, vocabulary: int | None, batch_size: int, code_seq_len: int, codebook_size: int, rounds: int
+) -> dict:
+    backend = build(folder, vocabulary, code_seq_len=code_seq_len, codebook_size=codebook_size)
     batch = FoundationBatch(
         frames=torch.randint(0, 256, (batch_size, 1, 96, 96, 3), dtype=torch.uint8),
         instructions=[INSTRUCTIONS[i % len(INSTRUCTIONS)] for i in range(batch_size)],
@@ -56,21 +80,28 @@ def measure(folder: Path, batch_size: int, code_seq_len: int, codebook_size: int
     with torch.no_grad():
         codes = [decoder.decode(backend.core, inputs, SamplingOptions()).tokens for decoder in decoders.values()]
         assert torch.equal(*codes), "the two decoders differ"
+
+        def generate() -> None:
+            decoders["generate"].decode(backend.core, inputs, SamplingOptions())
+
         times = interleaved_ms(
             {
                 "floor": lambda: run_floor(backend, inputs),
                 "constrained": lambda: decoders["constrained"].decode(backend.core, inputs, SamplingOptions()),
-                "generate": lambda: decoders["generate"].decode(backend.core, inputs, SamplingOptions()),
+                "generate": generate,
+                "generate_torch": lambda: run_on_torch_kernels(generate),
                 "whole": lambda: backend.latent_from_batch(batch, mode=BackendMode.CODES),
             },
             rounds=rounds,
             warmup=3,
         )
     return {
+        "vocabulary": backend.core.lm_head.weight.shape[0],
         "prompt_tokens": inputs.tokens.ids.shape[1],
         **{f"{name}_ms": value for name, value in times.items()},
         "constrained_over_floor": round(times["constrained"] / times["floor"], 2),
         "generate_over_constrained": round(times["generate"] / times["constrained"], 2),
+        "generate_torch_over_constrained": round(times["generate_torch"] / times["constrained"], 2),
     }
 
 
@@ -88,11 +119,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         for size in args.sizes:
             folder = write_random_checkpoint(Path(name) / size, size=size)
-            for batch_size in args.batch_sizes:
-                for code_seq_len, codebook_size in CODES:
-                    figures = measure(folder, batch_size, code_seq_len, codebook_size, args.rounds)
-                    case = {"size": size, "batch": batch_size, "S": code_seq_len, "K": codebook_size}
-                    results.append({**case, **figures})
+            cases = product(VOCABULARIES, args.batch_sizes, CODES)
+            for vocabulary, batch_size, (code_seq_len, codebook_size) in cases:
+                figures = measure(folder, vocabulary, batch_size, code_seq_len, codebook_size, args.rounds)
+                case = {"size": size, "batch": batch_size, "S": code_seq_len, "K": codebook_size}
+                results.append({**case, **figures})
     print_table(list(results[0]), [list(result.values()) for result in results])
     write_result({"machine": machine, "results": results}, args.output)
 

@@ -1,13 +1,14 @@
 """Labelling a dataset with a LAQ, beside merely decoding its frames with the same reader; and its memory.
 
     python benchmarks/labelling.py --output benchmarks/results/labelling.json
-    python benchmarks/labelling.py --memory_episodes 140 14000 --output benchmarks/results/labelling_memory.json
+    python benchmarks/labelling.py --memory_episodes 4 400 --output benchmarks/results/labelling_memory.json
 
-The data are episodes of the tabletop, recorded anew by `hlrp-record`, as PNG images and as video. The LAQ has random
+The data are episodes of 250 frames of the tabletop under random actions, as PNG images and as video. The LAQ has random
 weights and the default settings; `label_ms` is `label_dataset` from the first frame to the written table, `decode_ms`
-the reading of all frames alone, `encode_ms` the encoder alone on frames in memory: all for one frame, medians of rounds
-that take turns, with one thread for the encoder (frames are decoded in another). `items_ms` is what
-LeRobot's own items cost, which read two frames for a pair.
+the reading of all frames alone: both for one frame, of which all but the last three of an episode are labelled.
+`encode_ms` is the encoder alone, for one pair in memory that has the LAQ's size, and `resize_ms` what brings one frame
+there. `items_ms` is what LeRobot's own items cost, which read two frames for a pair. All are medians of rounds that
+take turns, with one thread for the encoder; `label_dataset` decodes in another.
 
 Memory is the highest anonymous resident size of a fresh process that does nothing else than `hlrp-label`; pages of
 mapped files, which the system takes back when it needs them, are not in it.
@@ -23,21 +24,23 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lerobot.configs.default import DatasetConfig
 from lerobot.datasets import LeRobotDataset
 from lerobot.utils.import_utils import get_safe_default_video_backend
 from measuring import describe_machine, interleaved_ms, peak_anonymous_bytes, print_table, write_result
+from tqdm import tqdm
 
 from hlrp_core.laq.config import LAQConfig
 from hlrp_core.laq.quantizer import LatentActionQuantizer
+from hlrp_tabletop.env import TabletopEnv
 from lerobot_hlrp.cli.label import LabelCommand, label
-from lerobot_hlrp.cli.record import RecordCommand, RecordedDataset, record_dataset
-from lerobot_hlrp.envs import TabletopEnvConfig
 from lerobot_hlrp.frame_reader import EpisodeFrames, read_frame
 from lerobot_hlrp.labelling import label_dataset
 
 CAMERA = "observation.image"
+EPISODE_LENGTH = 250
 DATASETS = {  # name: image side, as video
     "128x128 images": (128, False),
     "128x128 video": (128, True),
@@ -46,10 +49,21 @@ DATASETS = {  # name: image side, as video
 
 
 def record(root: Path, *, episodes: int, image_size: int, video: bool) -> LeRobotDataset:
-    env = TabletopEnvConfig(task="reach", image_size=image_size)
-    data = RecordedDataset(repo_id="local/tabletop", root=root, video=video)
-    assert record_dataset(RecordCommand(env=env, dataset=data, episodes=episodes)) == 0
-    return LeRobotDataset(data.repo_id, root=root)
+    shape = (image_size, image_size, 3)
+    feature = {"dtype": "video" if video else "image", "shape": shape, "names": ["height", "width", "channels"]}
+    dataset = LeRobotDataset.create(
+        "local/tabletop", fps=10, features={CAMERA: feature}, root=root, use_videos=video, image_writer_threads=4
+    )
+    env = TabletopEnv("push", image_size=image_size)
+    rng = np.random.default_rng(0)
+    for episode in tqdm(range(episodes), desc="Recording", unit="episode"):
+        observation, _ = env.reset(seed=episode)
+        for _ in range(EPISODE_LENGTH):
+            dataset.add_frame({CAMERA: observation["pixels"], "task": env.task_description})
+            observation, *_ = env.step(rng.uniform(-1, 1, 2).astype(np.float32))
+        dataset.save_episode()
+    dataset.finalize()
+    return LeRobotDataset("local/tabletop", root=root)
 
 
 def measure_time(name: str, folder: Path, episodes: int, rounds: int) -> dict[str, Any]:
@@ -66,20 +80,22 @@ def measure_time(name: str, folder: Path, episodes: int, rounds: int) -> dict[st
         label_dataset(laq, dataset, camera=CAMERA, laq_id="random", output=folder / "codes.safetensors")
 
     num_items = min(100, len(dataset))
-    tuples = torch.randint(0, 256, (64, 2, image_size, image_size, 3), dtype=torch.uint8)
+    frames = torch.randint(0, 256, (1, 64, image_size, image_size, 3), dtype=torch.uint8)
+    tuples = laq.prepare(frames)[0].unfold(0, 2, 1).movedim(-1, 1)  # (63, 2, 3, R, R)
     times = interleaved_ms(
         {
             "decode": decode,
             "label": label_all,
-            "encode": lambda: laq.encode(tuples),
+            "resize": lambda: laq.prepare(frames),
+            "encode": lambda: laq.encode_prepared(tuples),
             "items": lambda: [read_frame(dataset, CAMERA, index) for index in range(num_items)],
         },
         rounds,
     )
-    frames = len(dataset)
-    amounts = {"decode": frames, "label": frames, "encode": len(tuples), "items": num_items / 2}
+    num_frames = len(dataset)
+    amounts = {"decode": num_frames, "label": num_frames, "resize": 64, "encode": len(tuples), "items": num_items / 2}
     return {
-        "frames": frames,
+        "frames": num_frames,
         **{f"{part}_ms": round(times[part] / amount, 3) for part, amount in amounts.items()},
         "label_over_decode": round(times["label"] / times["decode"], 2),
     }
@@ -104,7 +120,7 @@ def measure_memory(folder: Path, episodes: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--episodes", type=int, default=140, help="of each dataset; one has 7 or 8 frames")
+    parser.add_argument("--episodes", type=int, default=4, help="of each dataset")
     parser.add_argument("--memory_episodes", type=int, nargs="+", default=[], help="measure memory on so many episodes")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, default=None, help="JSON file")

@@ -49,7 +49,7 @@ def read_code_vectors(config: HLRPConfig, *, has_new_code_head: bool) -> Tensor 
 
     laq = LatentActionQuantizer.from_pretrained(name)
     source = OnlineLabels(laq, name, config.camera or "", frame_gap=config.frame_gap)
-    adopt_facts(config, source)
+    adopt_facts(config, source, without=["frame_gap"])  # which is the labels' affair, in seconds
     return source.laq.code_vector_table()
 
 

@@ -22,7 +22,7 @@ def dataset_fingerprint(meta: LeRobotDatasetMetadata) -> str:
     digest.update(json.dumps([meta.fps, meta.total_frames, features]).encode())
     for name in ("length", "tasks"):
         digest.update(json.dumps(meta.episodes[name][:]).encode())
-    for statistics in read_episode_statistics(meta).values():
+    for statistics in read_episode_statistics(meta, statistics=["mean"]).values():
         means = {key: of_feature.get("mean") for key, of_feature in sorted(statistics.items())}
         digest.update(json.dumps(means).encode())
     return digest.hexdigest()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -155,6 +156,14 @@ def open_label_source(config: HLRPConfig, meta: LeRobotDatasetMetadata | None) -
     Raises:
         ValueError: it does not fit the config, the checkpoint or the dataset; both sides are named.
     """
+    if meta is not None and config.pretrained_path is None:  # LeRobot has read the frames before it knows their rate
+        expect(
+            config.frame_gap is not None or config.frame_gap_s is None,
+            "frame_gap_s",
+            "None on a new run, which records it",
+            config.frame_gap_s,
+            f"Set --policy.frame_gap, in frames of {meta.repo_id} at {meta.fps:g} per second.",
+        )
     source = _open(config)
     if source is None:
         return None
@@ -173,17 +182,21 @@ def open_label_source(config: HLRPConfig, meta: LeRobotDatasetMetadata | None) -
     return source
 
 
-def adopt_facts(config: HLRPConfig, source: LabelSource, *, fps: float | None = None) -> None:
+def adopt_facts(
+    config: HLRPConfig, source: LabelSource, *, fps: float | None = None, without: Collection[str] = ()
+) -> None:
     """Write what the source fixes into the config where it left that open.
 
     Args:
+        without: facts that are left alone.
         fps: frames per second of the dataset that is labelled. With it, and a checkpoint that knows its own, frame gaps
             are compared in seconds.
 
     Raises:
         ValueError: the config has it otherwise; both sides are named.
     """
-    open_facts = dict(source.facts)
+    facts = {name: value for name, value in source.facts.items() if name not in without}
+    open_facts = dict(facts)
     if fps is not None and config.frame_gap is not None and config.frame_gap_s is not None:
         _check_frame_gap(config.frame_gap_s, open_facts.pop("frame_gap"), source, fps)
     for name, value in open_facts.items():
@@ -196,7 +209,7 @@ def adopt_facts(config: HLRPConfig, source: LabelSource, *, fps: float | None = 
             f"{value} from {source.title}",
             f"Use labels that fit{forget}.",
         )
-    for name, value in {**source.facts, "laq_id": source.laq_id}.items():
+    for name, value in {**facts, "laq_id": source.laq_id}.items():
         setattr(config, name, value)
     if fps is not None:
         config.frame_gap_s = source.facts["frame_gap"] / fps

@@ -79,7 +79,7 @@ def label_dataset(
     Args:
         laq_id: name of the LAQ, for the table's header.
         frame_gap: Δ in frames of this dataset; by default the LAQ's.
-        save_interval_s: between two saves of the partial table: what a kill can cost, however long episodes are.
+        save_interval_s: between two saves of the partial table, each at the end of an episode: what a kill can cost.
 
     Returns:
         the table, or None where the run was interrupted.

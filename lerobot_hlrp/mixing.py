@@ -85,8 +85,16 @@ def check_mix(datasets: Sequence[MixedDataset], *, has_laq: bool) -> None:
         has_laq: datasets without a code table are labelled online.
 
     Raises:
-        ValueError: a weight is missing or not above 0, two datasets have one name, or one has no labels.
+        ValueError: a weight is missing or not above 0, two datasets have one name, one has no labels or is streamed.
     """
+    streamed = [dataset.title for dataset in datasets if dataset.streaming]
+    expect(
+        not streamed,
+        "streaming",
+        "datasets on disk, of which samples are drawn in any order",
+        f"streaming=true for {', '.join(streamed)}",
+        "Leave it out.",
+    )
     bare = [dataset.title for dataset in datasets if dataset.codes is None]
     expect(
         has_laq or not bare,
@@ -94,6 +102,13 @@ def check_mix(datasets: Sequence[MixedDataset], *, has_laq: bool) -> None:
         "`codes` (a code table) for each dataset, or --laq=<folder or Hub id> for those without",
         f"none for {', '.join(bare)}",
         "Make code tables with hlrp-label.",
+    )
+    expect(
+        not has_laq or bool(bare),
+        "labels",
+        "a dataset without `codes` for --laq to label",
+        "--laq beside code tables of all datasets",
+        "Leave --laq out, or the `codes` of the datasets that it is to label.",
     )
     titles = [dataset.title for dataset in datasets]
     twice = sorted({title for title in titles if titles.count(title) > 1})

@@ -99,7 +99,14 @@ def load_code_policy(
         config.pretrained_path, config.mode = folder, "codes"
         for name, value in settings.items():
             setattr(config, name, value)
-        if config.laq is not None and config.frame_gap_s is not None:  # labels online, as far apart as in training
+        if config.laq is not None:  # labels online, as far apart as in training
+            expect(
+                config.frame_gap_s is not None,
+                "frame_gap_s",
+                "Δ of the labels, as the policy learned from several or none",
+                None,
+                "Set --frame_gap_s, in seconds.",
+            )
             config.frame_gap = frames_apart(config.frame_gap_s, meta.fps, dataset.repo_id)
         config.device = device or config.device
         config.__post_init__()
@@ -118,6 +125,8 @@ def _wrap_bundle(folder: Path, meta: LeRobotDatasetMetadata, *, device: str | No
     from lerobot.policies.factory import get_policy_class
     from lerobot.utils.feature_utils import dataset_to_policy_features
 
+    if (seconds := settings.pop("frame_gap_s", None)) is not None:
+        settings["frame_gap"] = frames_apart(seconds, meta.fps, meta.repo_id)
     backend = load_backend(folder)
     manifest = read_manifest(folder)
     config = build_policy_config(config_from_dict(manifest["backend"]), device=device, **settings)

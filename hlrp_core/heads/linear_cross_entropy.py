@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hlrp_core.backbones.cpu_linear import fast_linear
+
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, rows: Tensor | None = None, first_row: int = 0
@@ -40,7 +42,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, rows: Tensor, labels: Tensor, span: slice) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = F.linear(hidden, weight).float()  # (M, V)
+            logits = fast_linear(hidden, weight).float()  # (M, V)
             logits[:, span] = F.linear(hidden, rows).float()
         highest = logits.amax(dim=1, keepdim=True)
         at_label = logits.gather(1, labels[:, None])
@@ -64,7 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         at_rows = of_logits[:, ctx.span].clone()  # (M, R)
         of_logits[:, ctx.span] = 0
         needs_hidden, needs_weight, needs_rows, *_ = ctx.needs_input_grad
-        of_hidden = torch.addmm(at_rows @ rows, of_logits, weight) if needs_hidden else None
+        of_hidden = fast_linear(of_logits, weight.t()) + at_rows @ rows if needs_hidden else None
         of_weight = of_logits.t() @ hidden if needs_weight else None
         of_rows = at_rows.t() @ hidden if needs_rows else None
         return of_hidden, of_weight, of_rows, None, None

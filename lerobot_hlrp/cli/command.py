@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import draccus
@@ -25,9 +27,15 @@ def run_command[C](command: type[C], run: Callable[[C], Any], args: Sequence[str
         if os.environ.get("HLRP_DEBUG"):
             raise
         cause = error.__cause__ if isinstance(error, ParsingError) and error.__cause__ is not None else error
-        print(f"error: {cause}\n(HLRP_DEBUG=1 shows where)", file=sys.stderr)
+        print(f"error: {spell_flags(str(cause), command)}\n(HLRP_DEBUG=1 shows where)", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     if isinstance(status, int) and status != 0:
         sys.exit(status)
+
+
+def spell_flags(message: str, command: type) -> str:
+    """A message with lerobot-train's `--policy.<name>` as the command at hand has it: `--<name>`."""
+    own = {field.name for field in fields(command)}
+    return re.sub(r"--policy\.(\w+)", lambda found: f"--{found[1]}" if found[1] in own else found[0], message)

@@ -44,6 +44,10 @@ class EvalCodesCommand:
     laq: str | None = None
     # By default as in the checkpoint.
     camera: str | None = None
+    # Further cameras that the model sees, by default as in the checkpoint. `[]` for none.
+    extra_cameras: list[str] | None = None
+    # Δ in seconds, where the checkpoint has none because it learned from several.
+    frame_gap_s: float | None = None
     batch_size: int = 16
     num_workers: int = 0
     # Samples at most, spread over the episodes; 0 for all of them.
@@ -77,6 +81,8 @@ def evaluate(command: EvalCodesCommand) -> dict[str, Any]:
         codes=command.codes,
         laq=command.laq,
         camera=command.camera,
+        extra_cameras=command.extra_cameras,
+        frame_gap_s=command.frame_gap_s,
         decoding=command.policy.decoding,
     )
     config, device = policy.config, policy.backend.core.device

@@ -77,13 +77,13 @@ class StepRunner:
             step.name: f"[{number}/{len(everything)}] {step.title}" for number, step in enumerate(everything, start=1)
         }
         terminal = Terminal()
-        has_changed = self._run_in_order(steps, terminal)
+        self._run_in_order(steps, terminal, then=everything[len(steps) :])
         threads = int(os.environ.get("OMP_NUM_THREADS") or 1)
         if len(branches) > 1 and self.num_cores >= len(branches) * threads:
-            self._run_beside(branches, terminal, has_changed)
+            self._run_beside(branches, terminal)
         else:
             for branch in branches:
-                self._run_in_order(branch, terminal, has_changed)
+                self._run_in_order(branch, terminal)
 
     def wall_s(self, step: Step) -> float:
         """Seconds that the step took, all its interrupted runs included."""
@@ -107,16 +107,16 @@ class StepRunner:
         marker = self._marker(step)
         return json.loads(marker.read_text()) if marker.is_file() else {}
 
-    def _run_beside(self, branches: Sequence[Sequence[Step]], terminal: Terminal, has_changed: bool) -> None:
+    def _run_beside(self, branches: Sequence[Sequence[Step]], terminal: Terminal) -> None:
         first, *others = branches
         hidden = [Terminal(visible=False) for _ in others]
         with ThreadPoolExecutor(len(others)) as threads:
             futures = [
-                threads.submit(self._run_in_order, branch, its_terminal, has_changed)
+                threads.submit(self._run_in_order, branch, its_terminal)
                 for branch, its_terminal in zip(others, hidden, strict=True)
             ]
             try:
-                self._run_in_order(first, terminal, has_changed)
+                self._run_in_order(first, terminal)
                 for future, its_terminal in zip(futures, hidden, strict=True):
                     its_terminal.visible = True
                     future.result()
@@ -125,19 +125,19 @@ class StepRunner:
                     its_terminal.stop()
                 raise
 
-    def _run_in_order(self, steps: Sequence[Step], terminal: Terminal, has_changed: bool = False) -> bool:
-        """Returns:
-        whether a step ran: whatever is made from it is out of date.
+    def _run_in_order(self, steps: Sequence[Step], terminal: Terminal, *, then: Sequence[Step] = ()) -> None:
+        """Args:
+        then: further steps that need these.
         """
-        for step in steps:
+        for number, step in enumerate(steps, start=1):
             beside = "" if terminal.visible else f" (beside the others; it prints to {self.log_path(step)})"
             print(f"\n\033[1m{self._titles[step.name]}\033[0m{beside}\n  {shlex.join(step.command)}", flush=True)
-            if not has_changed and self._is_done(step):
+            if self._is_done(step):
                 print(f"  done before, in {self.wall_s(step):.0f} s")
                 continue
-            has_changed = True
+            for later in (*steps[number:], *then):  # made from what is about to change; an interrupt must not hide it
+                self._marker(later).unlink(missing_ok=True)
             self._run(step, terminal)
-        return has_changed
 
     def _is_done(self, step: Step) -> bool:
         seen = self._read(step)

@@ -21,7 +21,7 @@ from hlrp_core.contract import BackendMode, FoundationBatch
 from hlrp_core.laq.code_table import CodeTable
 from hlrp_core.registry import available_backends, get_recipe
 from lerobot_hlrp.cli import eval_codes, train_codes
-from lerobot_hlrp.cli.command import run_command
+from lerobot_hlrp.cli.command import run_command, spell_flags
 from lerobot_hlrp.foundation_batches import FoundationBatches, load_datasets, spread
 from lerobot_hlrp.policy_types import build_policy_config, find_policy_type, make_code_policy
 
@@ -194,6 +194,20 @@ def test_errors_of_training(tiny_qwen, tiny_dataset, tiny_videos, tiny_laq, code
         assert "Next step" in str(error.value) or "Did you mean" in str(error.value)
         AcceleratorState._reset_state(reset_partial_state=True)
     assert not output.exists()
+
+
+def test_messages_name_the_commands_own_flags(tiny_qwen, make_dataset, code_table, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("HLRP_DEBUG")
+    two_cameras = make_dataset(tmp_path / "two", cameras=("observation.images.top", "observation.images.side"))
+    for flags in ([], ["--camera=top", "--prompt.state_bins=1"]):
+        with pytest.raises(SystemExit):
+            train(
+                two_cameras, tmp_path / "run", f"--backbone={tiny_qwen}", f"--codes={code_table(two_cameras)}", *flags
+            )
+    printed = capsys.readouterr().err
+    assert "Set --camera, for example to observation.images.top" in printed
+    assert "--policy." not in printed
+    assert spell_flags("Set --policy.path.", eval_codes.EvalCodesCommand) == "Set --policy.path."
 
 
 # -- evaluation -------------------------------------------------------------------------------------------------------

@@ -116,6 +116,18 @@ def test_branches_run_beside_each_other(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr().out.count("done before") == 5
 
 
+def test_a_branch_of_old_data_is_not_taken_for_done_after_an_interrupt(tmp_path):
+    common, first, second = (touch_step(tmp_path, name) for name in "abc")
+    StepRunner(tmp_path, num_cores=1).run_all([common], [[first], [second]])
+    changed = touch_step(tmp_path, "a", script=f"open({str(common.output)!r}, 'w').write('other\\n')")
+    broken = touch_step(tmp_path, "b", script="import sys; sys.exit(1)")
+    with pytest.raises(StepError):
+        StepRunner(tmp_path, num_cores=1).run_all([changed], [[broken], [second]])
+    second.output.write_text("old\n")
+    StepRunner(tmp_path, num_cores=1).run_all([changed], [[first], [second]])
+    assert second.output.read_text() == "ran\n"
+
+
 def test_branches_take_turns_on_one_core(tmp_path):
     branches = [[touch_step(tmp_path, "a")], [touch_step(tmp_path, "b")]]
     runner = StepRunner(tmp_path, num_cores=1)

@@ -12,6 +12,7 @@ from hlrp_core.laq.code_table import CodeTable
 from hlrp_core.laq.quantizer import LatentActionQuantizer
 from lerobot_hlrp.cli import label
 from lerobot_hlrp.cli.command import run_command
+from lerobot_hlrp.code_vectors import read_code_vectors
 from lerobot_hlrp.configuration_hlrp_qwen import HLRPQwenConfig
 from lerobot_hlrp.frame_gap import frames_apart
 from lerobot_hlrp.label_sources import open_label_source
@@ -67,6 +68,9 @@ def test_a_checkpoint_compares_seconds(fast_dataset, code_table):
     with pytest.raises(ValueError, match=r"frames 0.3 s apart.*3 frames at 20.*0.15 s.*--frame_gap_s=0.3.*gap=null"):
         open_label_source(learned(codes=same_frames), meta)
     forgotten = HLRPQwenConfig(camera=CAMERA, frame_gap_s=0.3, codes=same_frames)  # --policy.frame_gap=null
+    with pytest.raises(ValueError, match=r"frame_gap_s: expected None on a new run.*--policy.frame_gap, in frames of"):
+        open_label_source(forgotten, meta)
+    forgotten.pretrained_path = fast_dataset  # it was a checkpoint's
     open_label_source(forgotten, meta)
     assert (forgotten.frame_gap, forgotten.frame_gap_s) == (3, pytest.approx(0.15))
 
@@ -81,3 +85,12 @@ def test_an_online_laq_takes_the_policys_gap(fast_dataset, tiny_laq):
     source = open_label_source(config, meta)
     assert (source.span, config.label_span, config.frame_gap_s) == (6, 6, pytest.approx(0.3))
     assert HLRPQwenConfig(laq=str(tiny_laq)).observation_delta_indices == [0, 3]
+
+
+def test_code_vectors_say_nothing_of_the_gap(fast_dataset, tiny_laq):
+    config = HLRPQwenConfig(camera=CAMERA, frame_gap_s=0.3, laq=str(tiny_laq), mode="multitask", action_head="laq")
+    config.pretrained_path = fast_dataset  # whose gap was given up with --policy.frame_gap=null
+    assert read_code_vectors(config, has_new_code_head=False) is not None
+    assert config.frame_gap is None
+    open_label_source(config, LeRobotDatasetMetadata("test/tiny", root=fast_dataset))
+    assert (config.frame_gap, config.frame_gap_s) == (3, pytest.approx(0.15))

@@ -168,13 +168,23 @@ def test_a_laq_labels_every_dataset_at_its_own_frame_rate(tiny_qwen, entries, ti
         open_datasets(tiny_qwen, tmp_path / "run", bare, f"--laq={tiny_laq}")
 
 
-def test_frame_gaps_that_differ_on_purpose(tiny_qwen, entries, fast_videos, code_table, tmp_path):
+def test_frame_gaps_that_differ_on_purpose(tiny_qwen, entries, fast_videos, code_table, tiny_laq, tmp_path):
     entries["video"]["codes"] = code_table(fast_videos, frame_gap=3)
     with pytest.raises(ValueError, match=r"3 frames at 20 per second, which are 0.15 s, in video.*frame_gap_s=0.3"):
         open_datasets(tiny_qwen, tmp_path / "run", entries)
     entries["robot"]["frame_gap_s"], entries["video"]["frame_gap_s"] = 0.3, 0.15
     policy, _ = open_datasets(tiny_qwen, tmp_path / "run", entries)
     assert (policy.config.frame_gap, policy.config.frame_gap_s) == (None, None)
+    bare = {name: {k: v for k, v in entry.items() if k != "codes"} for name, entry in entries.items()}
+    folder = train(tiny_qwen, tmp_path / "run", bare, f"--laq={tiny_laq}", steps=1)
+    flags = [f"--policy.path={folder}", "--dataset.repo_id=test/tiny", f"--dataset.root={fast_videos}"]
+    flags += [f"--laq={tiny_laq}", "--camera=front"]
+    with pytest.raises(ValueError, match=r"frame_gap_s: expected Δ of the labels.*Set --frame_gap_s"):
+        run_command(eval_codes.EvalCodesCommand, eval_codes.evaluate, flags)
+    found: list[dict] = []
+    flags += ["--frame_gap_s=0.15", "--extra_cameras=[]"]
+    run_command(eval_codes.EvalCodesCommand, lambda c: found.append(eval_codes.evaluate(c)), flags)
+    assert found[0]["num_samples"] == 45 - 4 * 3
 
 
 def test_every_robot_has_its_own_statistics_and_width_of_state(tiny_qwen, entries, make_dataset, code_table, tmp_path):
@@ -208,6 +218,8 @@ def test_errors(tiny_qwen, entries, tiny_dataset, fast_videos, code_table, tmp_p
         (change("video", weight=-1), [], "weight: expected a number above 0.*video: -1"),
         (change("video", name="robot"), [], "names of their own.*robot"),
         (change("video", codes=None), [], "labels: expected .*none for video"),
+        (entries, ["--laq=unused"], "labels: expected a dataset without `codes`.*got --laq beside"),
+        (change("video", streaming=True), [], "streaming: expected datasets on disk.*got streaming=true for video"),
         (change("video", codes=other_laq), [], "laq_hash of the labels: expected hash-of-a-laq.*got other in video"),
         (change("video", codes=other_size), [], "codebook_size of the labels: expected 8.*got 16 in video"),
         (change("video", codes=entries["robot"]["codes"]), [], "camera: expected observation.images.front"),
