@@ -73,8 +73,8 @@ def measure_time(name: str, folder: Path, episodes: int, rounds: int) -> dict[st
     laq = LatentActionQuantizer(LAQConfig()).eval()
 
     def decode() -> None:
-        for episode in range(len(reader)):
-            reader.read(episode)
+        for piece in reader.pieces():
+            reader.read(piece)
 
     def label_all() -> None:
         label_dataset(laq, dataset, camera=CAMERA, laq_id="random", output=folder / "codes.safetensors")

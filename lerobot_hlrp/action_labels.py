@@ -97,10 +97,12 @@ def check_statistics(
     features: Mapping[str, PolicyFeature],
     normalization: Mapping[str, NormalizationMode],
 ) -> None:
-    """LeRobot's normaliser skips a feature without statistics silently; here that is an error.
+    """LeRobot's normaliser skips a feature without statistics silently, and broadcasts a single number; here both are
+    errors.
 
     Raises:
-        ValueError: the statistics of an action or state that is to be normalised are missing or not finite.
+        ValueError: the statistics of an action or state that is to be normalised are missing, not finite, or of another
+            width than the policy's.
     """
     for key, feature in features.items():
         mode = normalization.get(feature.type.value, NormalizationMode.IDENTITY)
@@ -114,6 +116,14 @@ def check_statistics(
                 f"{', '.join(broken)}. Next step: recompute the dataset's statistics; if some episodes have no actions "
                 "(NaN), list the others in --policy.action_episodes."
             )
+        widths = {np.atleast_1d(have[name]).shape[-1] for name in _NEEDED[mode]}
+        expect(
+            widths == set(feature.shape),
+            f"width of {key}",
+            f"{feature.shape[0]}, as the policy has it",
+            f"{', '.join(map(str, sorted(widths)))} in the dataset's statistics",
+            "Use data of the robot that the policy learned from.",
+        )
 
 
 def _is_finite(values: Any) -> bool:

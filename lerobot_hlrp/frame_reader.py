@@ -1,4 +1,4 @@
-"""Frames of one camera, episode by episode, each decoded once: what stage 1 reads.
+"""Frames of one camera in order, a piece of an episode at a time: what stage 1 reads.
 
 `EpisodeFrames` is the fast way; `read_frame` goes through LeRobot's own items and is the slow twin that the tests
 hold it equal to.
@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,14 @@ def choose_camera(meta: LeRobotDatasetMetadata, camera: str | None) -> str:
     return by_name[camera]
 
 
+class Piece(NamedTuple):
+    """Frames `[start, stop)` of an episode, counted from its first."""
+
+    episode: int
+    start: int
+    stop: int
+
+
 class EpisodeFrames:
     """The frames of one camera, by episode.
 
@@ -72,27 +80,41 @@ class EpisodeFrames:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def read(self, episode: int) -> np.ndarray:
-        """All frames `[n, H, W, 3]` uint8 of one episode, in order."""
-        if self.is_video:
-            return self._read_video(episode)
-        cells = self._images.slice(self.first_rows[episode], self.lengths[episode]).to_pylist()
-        return np.stack([_decode_image(cell) for cell in cells])
-
-    def read_ahead(self, episodes: Iterable[int], *, num_frames: int = 256) -> Iterator[np.ndarray]:
-        """What `read` gives for each of these episodes, in order, decoded in a thread while the caller works.
+    def pieces(self, *, overlap: int = 0, num_frames: int = 256) -> list[Piece]:
+        """All frames in order, in pieces that fit into memory, however long episodes are.
 
         Args:
-            num_frames: decoded beyond the episode in use, but at least the next one: this bounds memory.
+            overlap: frames that neighbours in an episode share, beyond `num_frames`; an episode that is no longer than
+                that has no piece.
         """
-        remaining = iter(episodes)
+        return [
+            Piece(episode, start, min(start + num_frames, length - overlap) + overlap)
+            for episode, length in enumerate(self.lengths)
+            for start in range(0, length - overlap, num_frames)
+        ]
+
+    def read(self, piece: Piece) -> np.ndarray:
+        """Its frames `[n, H, W, 3]` uint8, in order."""
+        if self.is_video:
+            return self._read_video(piece)
+        first, length = self.first_rows[piece.episode] + piece.start, piece.stop - piece.start
+        return np.stack([_decode_image(cell) for cell in self._images.slice(first, length).to_pylist()])
+
+    def read_ahead(self, pieces: Iterable[Piece], *, num_frames: int = 256) -> Iterator[np.ndarray]:
+        """What `read` gives for each of these pieces, in order, decoded in a thread while the caller works.
+
+        Args:
+            num_frames: decoded beyond the piece in use, but at least the next one: this bounds memory.
+        """
+        remaining = iter(pieces)
         waiting: deque[tuple[int, Future[np.ndarray]]] = deque()
 
         def fill(thread: Executor) -> None:
-            num_waiting = sum(self.lengths[episode] for episode, _ in waiting)
-            while num_waiting < num_frames and (episode := next(remaining, None)) is not None:
-                waiting.append((episode, thread.submit(self.read, episode)))
-                num_waiting += self.lengths[episode]
+            num_waiting = sum(length for length, _ in waiting)
+            while num_waiting < num_frames and (piece := next(remaining, None)) is not None:
+                length = piece.stop - piece.start
+                waiting.append((length, thread.submit(self.read, piece)))
+                num_waiting += length
 
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoding") as thread:
             try:
@@ -105,13 +127,13 @@ class EpisodeFrames:
                 for _, frames in waiting:
                     frames.cancel()
 
-    def _read_video(self, episode: int) -> np.ndarray:
+    def _read_video(self, piece: Piece) -> np.ndarray:
         from lerobot.datasets.video_utils import decode_video_frames
 
         meta = self.dataset.meta
-        start = self._start_times[episode]
-        timestamps = [start + i / meta.fps for i in range(self.lengths[episode])]
-        path = self.dataset.root / meta.get_video_file_path(episode, self.camera)
+        start = self._start_times[piece.episode]
+        timestamps = [start + i / meta.fps for i in range(piece.start, piece.stop)]
+        path = self.dataset.root / meta.get_video_file_path(piece.episode, self.camera)
         images = decode_video_frames(
             path, timestamps, self.dataset.tolerance_s, backend=self._video_backend, return_uint8=True
         )  # (n, 3, H, W)

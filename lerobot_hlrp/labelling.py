@@ -1,9 +1,9 @@
-"""Labels a LeRobotDataset with a LAQ's codes, episode by episode: memory stays flat.
+"""Labels a LeRobotDataset with a LAQ's codes, a piece of an episode at a time: memory stays flat.
 
-Each frame is decoded once, in a thread of its own while the encoder works, and resized once; tuples are encoded in full
-batches, however short episodes are.
+Frames are decoded in a thread of their own while the encoder works, and those that two tuples share only once; tuples
+are encoded in full batches, however short episodes are.
 
-Shape legend: n frames of an episode, B batch, T frames of a tuple, R the LAQ's image side, S codes of a label.
+Shape legend: n frames of a piece, B batch, T frames of a tuple, R the LAQ's image side, S codes of a label.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ class PartialTable:
         self.identity = identity
         self.codes = torch.zeros(shape, dtype=torch.int32)
         self.valid = torch.zeros(shape[0], dtype=torch.bool)
-        self.num_episodes = 0
+        self.num_frames = 0  # the first so many are done
         if self.progress_path.is_file() and read_json(self.progress_path)["identity"] == identity:
             tensors = load_file(self.tensors_path)
             self.codes, self.valid = tensors["codes"], tensors["valid"]
-            self.num_episodes = read_json(self.progress_path)["episodes"]
+            self.num_frames = read_json(self.progress_path)["frames"]
 
     def save(self) -> None:
         scratch = self.tensors_path.with_name(f"{self.tensors_path.name}.tmp")
         save_file({"codes": self.codes, "valid": self.valid}, scratch)
-        # The tensors first: a kill in between repeats some episodes, with equal codes.
+        # The tensors first: a kill in between repeats some frames, with equal codes.
         scratch.replace(self.tensors_path)
-        write_json(self.progress_path, {"identity": self.identity, "episodes": self.num_episodes})
+        write_json(self.progress_path, {"identity": self.identity, "frames": self.num_frames})
 
     def delete(self) -> None:
         for path in (self.tensors_path, self.progress_path):
@@ -79,7 +79,7 @@ def label_dataset(
     Args:
         laq_id: name of the LAQ, for the table's header.
         frame_gap: Δ in frames of this dataset; by default the LAQ's.
-        save_interval_s: between two saves of the partial table, each at the end of an episode: what a kill can cost.
+        save_interval_s: between two saves of the partial table: what a kill can cost.
 
     Returns:
         the table, or None where the run was interrupted.
@@ -95,21 +95,27 @@ def label_dataset(
     identity = hashlib.sha256(f"{fingerprint}{laq_hash}{camera}{frame_gap}".encode()).hexdigest()
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = PartialTable(output, identity, (meta.total_frames, laq.code_seq_len))
-    episodes = range(partial.num_episodes, len(source))
+    span = frame_gap * (laq.config.num_frames - 1)
+    starts = {piece: source.first_rows[piece.episode] + piece.start for piece in source.pieces(overlap=span)}
+    pieces = [piece for piece, start in starts.items() if start >= partial.num_frames]
     encoder = BatchedEncoder(laq, partial, frame_gap=frame_gap, batch_size=batch_size)
     saved_at = time.monotonic()
-    with StopRequest() as stop, tqdm(episodes, unit="episode", desc="Labelling") as progress:
-        for episode, frames in zip(progress, source.read_ahead(episodes), strict=True):
-            encoder.add(frames, first_row=source.first_rows[episode])
-            partial.num_episodes = episode + 1
+    bar = tqdm(total=meta.total_frames, initial=partial.num_frames, unit="frame", desc="Labelling")
+    with StopRequest() as stop, bar:
+        for piece, frames in zip(pieces, source.read_ahead(pieces), strict=True):
+            encoder.add(frames, first_row=starts[piece])
+            partial.num_frames = starts[piece] + len(frames) - span
+            bar.update(partial.num_frames - bar.n)
             if stop.requested or time.monotonic() - saved_at >= save_interval_s:
                 encoder.flush()
                 partial.save()
                 saved_at = time.monotonic()
-            if stop.requested and partial.num_episodes < len(source):
-                print(f"Stopped after {partial.num_episodes} episodes. Run the same command again to continue.")
+            if stop.requested and piece is not pieces[-1]:
+                bar.close()
+                print(f"Stopped after {partial.num_frames} frames. Run the same command again to continue.")
                 return None
         encoder.flush()
+        bar.update(meta.total_frames - bar.n)  # the last frames of an episode have no tuple
     header = CodeTableHeader(
         dataset_id=dataset.repo_id,
         dataset_fingerprint=fingerprint,
@@ -146,11 +152,11 @@ class BatchedEncoder:
         self._device = next(laq.parameters()).device
 
     def add(self, frames: np.ndarray, *, first_row: int) -> None:
-        """Take the tuples of an episode `[n, H, W, 3]` whose first frame has this row in the table."""
+        """Take the tuples of consecutive frames `[n, H, W, 3]`, of which the first has this row in the table."""
         gap, num_frames = self.frame_gap, self.laq.config.num_frames
         span = gap * (num_frames - 1)
         num_tuples = max(len(frames) - span, 0)
-        for start in range(0, num_tuples, self.batch_size):  # a part of the episode at a time: it may be hours long
+        for start in range(0, num_tuples, self.batch_size):
             stop = min(start + self.batch_size, num_tuples)
             images = self._prepare(frames[start : stop + span])
             offsets = torch.arange(stop - start)[:, None] + gap * torch.arange(num_frames)  # (m, T)

@@ -8,6 +8,7 @@ Shape legend: N frames, R the LAQ's image side, A action width.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,11 +25,14 @@ if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDataset
 
 
-def cache_frames(dataset: LeRobotDataset, camera: str, size: int, path: Path, *, fingerprint: str) -> np.ndarray:
+def cache_frames(
+    dataset: LeRobotDataset, camera: str, size: int, path: Path, *, fingerprint: str, save_interval_s: float = 10.0
+) -> np.ndarray:
     """All frames `[N, size, size, 3]` uint8, mapped from `path`, filled first; a killed run's is continued.
 
     Args:
         fingerprint: of the dataset; a file of another one is made anew.
+        save_interval_s: between two notes of how far it is: what a kill can cost.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     meta = dataset.meta
@@ -36,16 +40,21 @@ def cache_frames(dataset: LeRobotDataset, camera: str, size: int, path: Path, *,
     wanted = {"fingerprint": fingerprint, "camera": camera, "size": size}
     progress = read_json(progress_path) if progress_path.is_file() and path.is_file() else {}
     fits = {name: progress.get(name) for name in wanted} == wanted
-    done = progress["episodes"] if fits else 0
+    done = progress["frames"] if fits else 0
     shape = (meta.total_frames, size, size, 3)
-    frames = np.lib.format.open_memmap(path, mode="r+" if fits else "w+", dtype=np.uint8, shape=None if fits else shape)
-    episodes = EpisodeFrames(dataset, camera)
-    for episode in tqdm(range(done, len(episodes)), unit="episode", desc="Decoding frames"):
-        images = resize_frames(episodes.read(episode), size)
-        frames[episodes.first_rows[episode] : episodes.first_rows[episode] + len(images)] = images
-        if episode % 200 == 199 or episode == meta.total_episodes - 1:
-            frames.flush()
-            write_json(progress_path, {**wanted, "episodes": episode + 1})
+    cache = np.lib.format.open_memmap(path, mode="r+" if fits else "w+", dtype=np.uint8, shape=None if fits else shape)
+    source = EpisodeFrames(dataset, camera)
+    pieces = [piece for piece in source.pieces() if source.first_rows[piece.episode] + piece.start >= done]
+    saved_at = time.monotonic()
+    with tqdm(total=meta.total_frames, initial=done, unit="frame", desc="Decoding frames") as bar:
+        for frames in source.read_ahead(pieces):
+            cache[done : done + len(frames)] = resize_frames(frames, size)
+            done += len(frames)
+            bar.update(len(frames))
+            if done == meta.total_frames or time.monotonic() - saved_at >= save_interval_s:
+                cache.flush()
+                write_json(progress_path, {**wanted, "frames": done})
+                saved_at = time.monotonic()
     return np.load(path, mmap_mode="r")
 
 

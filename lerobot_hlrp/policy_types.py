@@ -74,12 +74,13 @@ def make_code_policy(
 
 
 def load_code_policy(
-    path: str | Path, dataset: DatasetConfig, *, device: str | None, **settings: Any
+    path: str | Path, dataset: DatasetConfig, *, device: str | None, own_features: bool = False, **settings: Any
 ) -> tuple[HLRPPolicy, LeRobotDatasetMetadata]:
     """A saved policy, or a core bundle, in codes mode with the labels that `settings` name.
 
     Args:
         path: folder, or repository on the Hub.
+        own_features: the dataset's width of state and its cameras stand instead of the saved ones.
         settings: of the policy's config; those that are None leave the saved ones.
 
     Raises:
@@ -88,6 +89,8 @@ def load_code_policy(
     """
     from lerobot.configs.policies import PreTrainedConfig
     from lerobot.policies.factory import make_policy
+    from lerobot.utils.constants import OBS_STATE
+    from lerobot.utils.feature_utils import dataset_to_policy_features
 
     folder, meta = fetch_folder(path), load_metadata(dataset)
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -97,6 +100,18 @@ def load_code_policy(
             hasattr(config, "backends"), "policy", "one of this package's types", config.type, "Choose another folder."
         )
         config.pretrained_path, config.mode = folder, "codes"
+        own = dataset_to_policy_features(meta.features)
+        if own_features:
+            config.input_features = own
+        elif config.reads_state and config.robot_state_feature is not None:
+            state = own.get(OBS_STATE)
+            expect(
+                state is None or state.shape == config.robot_state_feature.shape,
+                f"width of {OBS_STATE}",
+                f"{config.robot_state_feature.shape[0]}, as the policy has it",
+                f"{state and state.shape[0]} in {dataset.repo_id}",
+                "For another dataset of the mix that it learned from, set --own_statistics=true.",
+            )
         for name, value in settings.items():
             setattr(config, name, value)
         if config.laq is not None:  # labels online, as far apart as in training

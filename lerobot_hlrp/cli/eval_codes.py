@@ -20,7 +20,11 @@ from lerobot.configs.default import DatasetConfig
 from lerobot_hlrp.cli.command import run_command
 
 if TYPE_CHECKING:
+    from lerobot.datasets import LeRobotDatasetMetadata
+    from lerobot.processor import PolicyProcessorPipeline
+
     from hlrp_core.training import CodeEvaluation
+    from lerobot_hlrp.policy import HLRPPolicy
 
 
 @dataclass(kw_only=True)
@@ -48,6 +52,9 @@ class EvalCodesCommand:
     extra_cameras: list[str] | None = None
     # Δ in seconds, where the checkpoint has none because it learned from several.
     frame_gap_s: float | None = None
+    # Normalise a state in the prompt by this dataset's own statistics instead of the saved ones: as a mix of datasets
+    # does with each of them, of which the saved ones are the first one's.
+    own_statistics: bool = False
     batch_size: int = 16
     num_workers: int = 0
     # Samples at most, spread over the episodes; 0 for all of them.
@@ -65,7 +72,7 @@ def evaluate(command: EvalCodesCommand) -> dict[str, Any]:
     from hlrp_core.training import evaluate_codes
     from lerobot_hlrp.expectation import expect
     from lerobot_hlrp.foundation_batches import FoundationBatches, count_training_codes, load_datasets, spread
-    from lerobot_hlrp.policy_types import load_code_policy, load_preprocessor
+    from lerobot_hlrp.policy_types import load_code_policy
 
     expect(
         command.codes is not None or command.laq is not None,
@@ -84,6 +91,14 @@ def evaluate(command: EvalCodesCommand) -> dict[str, Any]:
         extra_cameras=command.extra_cameras,
         frame_gap_s=command.frame_gap_s,
         decoding=command.policy.decoding,
+        own_features=command.own_statistics,
+    )
+    expect(
+        policy.config.reads_state or not command.own_statistics,
+        "own_statistics",
+        "a policy with the state in its prompt (prompt.state_text)",
+        "one that sees no state",
+        "Leave --own_statistics out.",
     )
     config, device = policy.config, policy.backend.core.device
     others, held_out = load_datasets(command.dataset, config)
@@ -92,7 +107,7 @@ def evaluate(command: EvalCodesCommand) -> dict[str, Any]:
         "batch_size": command.batch_size,
         "num_workers": command.num_workers,
         "device": device,
-        "preprocess": load_preprocessor(command.policy.path, policy, meta) if config.reads_state else None,
+        "preprocess": _choose_preprocessor(command, policy, meta),
     }
     counts = None
     if held_out is not None:
@@ -127,6 +142,18 @@ def evaluate(command: EvalCodesCommand) -> dict[str, Any]:
         write_json(command.output, figures)
         print(f"Figures: {command.output}")
     return figures
+
+
+def _choose_preprocessor(
+    command: EvalCodesCommand, policy: HLRPPolicy, meta: LeRobotDatasetMetadata
+) -> PolicyProcessorPipeline[dict[str, Any], dict[str, Any]] | None:
+    """What normalises the states, where the model sees them."""
+    from lerobot_hlrp.mixing import make_preprocessor
+    from lerobot_hlrp.policy_types import load_preprocessor
+
+    if command.own_statistics or not policy.config.reads_state:
+        return make_preprocessor(policy.config, meta)
+    return load_preprocessor(command.policy.path, policy, meta)
 
 
 def _report(evaluation: CodeEvaluation, figures: dict[str, Any], dataset: DatasetConfig) -> None:

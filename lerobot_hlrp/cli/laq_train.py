@@ -53,11 +53,11 @@ def train(command: TrainLAQCommand) -> int:
     dataset = LeRobotDataset(command.dataset.repo_id, root=command.dataset.root)
     camera = choose_camera(dataset.meta, command.camera)
     if command.frame_gap_s is not None:
-        frames = frames_apart(command.frame_gap_s, dataset.meta.fps, command.dataset.repo_id)
+        frame_gap = frames_apart(command.frame_gap_s, dataset.meta.fps, command.dataset.repo_id)
         both = f"{command.frame_gap_s} s and {command.laq.frame_gap} frames"
-        is_one = command.laq.frame_gap in (LAQConfig.frame_gap, frames)
+        is_one = command.laq.frame_gap in (LAQConfig.frame_gap, frame_gap)
         expect(is_one, "frame_gap_s, laq.frame_gap", "one of them", both, "Leave one of them out.")
-        command.laq.frame_gap = frames
+        command.laq.frame_gap = frame_gap
     fingerprint = dataset_fingerprint(dataset.meta)
     cache = command.output_dir / "frames.npy"
     frames = cache_frames(dataset, camera, command.laq.image_size, cache, fingerprint=fingerprint)

@@ -10,7 +10,7 @@ from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 
 from hlrp_core.laq.code_table import CodeTable
 from hlrp_core.laq.quantizer import LatentActionQuantizer
-from lerobot_hlrp.cli import label
+from lerobot_hlrp.cli import label, laq_train
 from lerobot_hlrp.cli.command import run_command
 from lerobot_hlrp.code_vectors import read_code_vectors
 from lerobot_hlrp.configuration_hlrp_qwen import HLRPQwenConfig
@@ -47,6 +47,20 @@ def test_labels_of_another_gap_than_the_laqs(tiny_laq: Path, tiny_dataset: Path,
     pair = (torch.stack(images) * 255).round().to(torch.uint8).movedim(1, -1)[None]
     expected = LatentActionQuantizer.from_pretrained(tiny_laq).encode(pair)
     assert torch.equal(table.codes[13].long(), expected[0].long())
+
+
+def test_a_laq_of_a_gap_in_seconds(tiny_dataset: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HLRP_DEBUG", "1")  # errors as they are raised
+    flags = ["--dataset.repo_id=test/tiny", f"--dataset.root={tiny_dataset}", f"--output_dir={tmp_path / 'laq'}"]
+    flags += ["--laq.image_size=16", "--laq.hidden_dim=16", "--laq.num_layers=1", "--steps=1", "--eval_share=0.5"]
+
+    def run(*more: str) -> None:
+        run_command(laq_train.TrainLAQCommand, laq_train.train, [*flags, "--frame_gap_s=0.2", *more])
+
+    with pytest.raises(ValueError, match=r"frame_gap_s, laq.frame_gap: expected one of them, got 0.2 s and 5 frames"):
+        run("--laq.frame_gap=5")
+    run()
+    assert LatentActionQuantizer.from_pretrained(tmp_path / "laq").frame_gap == 2
 
 
 @pytest.fixture(scope="module")

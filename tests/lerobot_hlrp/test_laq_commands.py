@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +21,8 @@ from hlrp_core.laq.quantizer import LatentActionQuantizer
 from lerobot_hlrp.cli.label import LabelCommand, label
 from lerobot_hlrp.cli.laq_train import TrainLAQCommand, train
 from lerobot_hlrp.fingerprint import dataset_fingerprint
-from lerobot_hlrp.frame_reader import EpisodeFrames, choose_camera, read_actions, read_frame
-from lerobot_hlrp.labelling import PartialTable, label_dataset
+from lerobot_hlrp.frame_reader import EpisodeFrames, Piece, choose_camera, read_actions, read_frame
+from lerobot_hlrp.labelling import BatchedEncoder, PartialTable, label_dataset
 from lerobot_hlrp.laq_data import build_frame_tuples, cache_frames
 
 TINY = LAQConfig(image_size=16, hidden_dim=16, num_layers=1, frame_gap=2, code_seq_len=2)
@@ -78,14 +80,27 @@ def test_a_single_held_out_pair_will_do(tiny_dataset, tmp_path):
     assert LatentActionQuantizer.from_pretrained(tmp_path / "laq").frame_gap == 9
 
 
-def test_fast_reading_equals_lerobots_items(tiny_dataset):
-    dataset = open_dataset(tiny_dataset)
+@pytest.mark.parametrize("num_frames", [4, 256])
+@pytest.mark.parametrize("fixture", ["tiny_dataset", "tiny_videos"])
+def test_fast_reading_equals_lerobots_items(fixture, num_frames, request):
+    dataset = open_dataset(request.getfixturevalue(fixture))
     camera = choose_camera(dataset.meta, None)
     episodes = EpisodeFrames(dataset, camera)
-    frames = [frame for episode in range(len(episodes)) for frame in episodes.read(episode)]
+    frames = [frame for piece in episodes.pieces(num_frames=num_frames) for frame in episodes.read(piece)]
     assert len(frames) == len(dataset)
     for index, frame in enumerate(frames):
         np.testing.assert_array_equal(frame, read_frame(dataset, camera, index))
+
+
+def test_pieces_have_every_tuple_once(tiny_dataset):
+    episodes = EpisodeFrames(open_dataset(tiny_dataset), "observation.images.top")
+    assert episodes.lengths == [12, 9, 14, 10]
+    assert [piece for piece in episodes.pieces(overlap=2, num_frames=5) if piece.episode in (0, 2)] == [
+        *((0, 0, 7), (0, 5, 12)),
+        *((2, 0, 7), (2, 5, 12), (2, 10, 14)),
+    ]
+    assert {piece.episode for piece in episodes.pieces(overlap=10)} == {0, 2}
+    assert [piece.start for piece in episodes.pieces(overlap=10, num_frames=1)] == [0, 1, 0, 1, 2, 3]
 
 
 def test_labels_are_the_codes_of_lerobots_pairs(labelled, trained, tiny_dataset):
@@ -119,16 +134,17 @@ def test_a_killed_labelling_continues_to_the_same_table(labelled, trained, tiny_
     class KilledError(Exception):
         pass
 
-    read, read_episode = [], EpisodeFrames.read
+    read, read_piece, cut = [], EpisodeFrames.read, EpisodeFrames.pieces
+    monkeypatch.setattr(EpisodeFrames, "pieces", lambda self, overlap: cut(self, overlap=overlap, num_frames=5))
 
-    def kill_in_third(self, episode):
-        if episode == 2:
+    def kill_in_third(self, piece):
+        if (piece.episode, piece.start) == (2, 5):
             raise KilledError
-        return read_episode(self, episode)
+        return read_piece(self, piece)
 
-    def note(self, episode):
-        read.append(episode)
-        return read_episode(self, episode)
+    def note(self, piece):
+        read.append((piece.episode, piece.start))
+        return read_piece(self, piece)
 
     def run():
         return label_dataset(laq, dataset, camera=camera, laq_id="laq", output=output, save_interval_s=0)
@@ -140,28 +156,67 @@ def test_a_killed_labelling_continues_to_the_same_table(labelled, trained, tiny_
     assert not output.exists()
     monkeypatch.setattr(EpisodeFrames, "read", note)
     table = run()
-    assert read == [2, 3]
+    assert read == [(2, 5), (2, 10), (3, 0), (3, 5)]
     whole = CodeTable.load(labelled)
     assert torch.equal(table.valid, whole.valid)
     assert torch.equal(table.codes[table.valid], whole.codes[whole.valid].to(table.codes.dtype))
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
 
 
+def test_an_interrupted_labelling_says_how_to_continue(labelled, trained, tiny_dataset, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "codes.safetensors"
+    dataset = DatasetConfig(repo_id="test/tiny", root=str(tiny_dataset))
+    command = LabelCommand(laq=str(trained), dataset=dataset, output=output, device="cpu")
+    add = BatchedEncoder.add
+
+    def interrupted(self, frames, *, first_row):
+        add(self, frames, first_row=first_row)
+        if first_row == 12:  # the second episode
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchedEncoder, "add", interrupted)
+        assert label(command) == 130
+    assert "Stopped after 19 frames. Run the same command again" in capsys.readouterr().out  # 12 + 9 - the gap of 2
+    assert not output.exists()
+    assert label(command) == 0
+    assert torch.equal(CodeTable.load(output).codes, CodeTable.load(labelled).codes)
+
+
 def test_a_partial_table_of_another_laq_is_not_continued(tmp_path):
     partial = PartialTable(tmp_path / "t", "one", (4, 2))
-    partial.num_episodes = 1
+    partial.num_frames = 1
     partial.save()
-    assert PartialTable(tmp_path / "t", "one", (4, 2)).num_episodes == 1
-    assert PartialTable(tmp_path / "t", "other", (4, 2)).num_episodes == 0
+    assert PartialTable(tmp_path / "t", "one", (4, 2)).num_frames == 1
+    assert PartialTable(tmp_path / "t", "other", (4, 2)).num_frames == 0
 
 
 def test_a_killed_cache_is_continued(tiny_dataset, tmp_path, monkeypatch):
     dataset = open_dataset(tiny_dataset)
-    camera = choose_camera(dataset.meta, None)
-    whole = cache_frames(dataset, camera, 16, tmp_path / "a.npy", fingerprint="f")
-    again = cache_frames(dataset, camera, 16, tmp_path / "a.npy", fingerprint="f")
-    np.testing.assert_array_equal(whole, again)
-    other = cache_frames(dataset, camera, 8, tmp_path / "a.npy", fingerprint="f")
+    camera, path = choose_camera(dataset.meta, None), tmp_path / "a.npy"
+    whole = np.array(cache_frames(dataset, camera, 16, path, fingerprint="f"))
+    path.unlink()
+    read, read_piece = [], EpisodeFrames.read
+
+    def kill_in_third(self, piece):
+        if piece.episode == 2:
+            raise KeyboardInterrupt
+        return read_piece(self, piece)
+
+    def note(self, piece):
+        read.append(piece.episode)
+        return read_piece(self, piece)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EpisodeFrames, "read", kill_in_third)
+        with pytest.raises(KeyboardInterrupt):
+            cache_frames(dataset, camera, 16, path, fingerprint="f", save_interval_s=0)
+    monkeypatch.setattr(EpisodeFrames, "read", note)
+    np.testing.assert_array_equal(cache_frames(dataset, camera, 16, path, fingerprint="f"), whole)
+    assert read == [2, 3]
+    np.testing.assert_array_equal(cache_frames(dataset, camera, 16, path, fingerprint="f"), whole)
+    assert read == [2, 3]
+    other = cache_frames(dataset, camera, 8, path, fingerprint="f")
     assert other.shape == (45, 8, 8, 3)
 
 
@@ -199,38 +254,39 @@ def test_a_gap_longer_than_every_episode_is_refused(tiny_dataset, tmp_path):
         )
 
 
-def test_reading_ahead_gives_the_same_episodes_and_stays_within_bounds(tiny_dataset, monkeypatch):
+def test_reading_ahead_gives_the_same_frames_and_stays_within_bounds(tiny_dataset, monkeypatch):
     episodes = EpisodeFrames(open_dataset(tiny_dataset), "observation.images.top")
-    expected = [episodes.read(episode) for episode in (3, 0, 1, 2)]
-    started, read_episode = [], EpisodeFrames.read
+    pieces = [Piece(3, 0, 10), Piece(0, 0, 5), Piece(0, 5, 10), Piece(2, 0, 14)]
+    expected = [episodes.read(piece) for piece in pieces]
+    started, read_piece = [], EpisodeFrames.read
 
-    def note(self, episode):
-        started.append(episode)
-        return read_episode(self, episode)
+    def note(self, piece):
+        started.append(piece)
+        return read_piece(self, piece)
 
     monkeypatch.setattr(EpisodeFrames, "read", note)
     for num_frames in (1, 20, 1000):
         started.clear()
-        for number, frames in enumerate(episodes.read_ahead([3, 0, 1, 2], num_frames=num_frames)):
+        for number, frames in enumerate(episodes.read_ahead(pieces, num_frames=num_frames)):
             np.testing.assert_array_equal(frames, expected[number])
             if num_frames == 1:
                 assert len(started) <= number + 2
-        assert started == [3, 0, 1, 2]
+        assert started == pieces
 
 
 def test_decoding_goes_on_while_the_caller_works(tiny_dataset, monkeypatch):
     episodes = EpisodeFrames(open_dataset(tiny_dataset), "observation.images.top")
     begun = threading.Event()
 
-    def read(self, episode):
-        if episode == 1:
+    def read(self, piece):
+        if piece.episode == 1:
             begun.set()
-        return np.zeros((self.lengths[episode], 1))
+        return np.zeros((piece.stop - piece.start, 1))
 
     monkeypatch.setattr(EpisodeFrames, "read", read)
-    ahead = episodes.read_ahead([0, 1], num_frames=1)
+    ahead = episodes.read_ahead([Piece(0, 0, 10), Piece(1, 0, 11)], num_frames=1)
     next(ahead)
-    assert begun.wait(timeout=10), "the next episode was not decoded while the caller held the first one"
+    assert begun.wait(timeout=10), "the next piece was not decoded while the caller held the first one"
 
 
 def test_long_and_short_episodes_are_encoded_in_bounded_batches(trained, tiny_dataset, tmp_path, monkeypatch):

@@ -63,6 +63,15 @@ def train(*args, **settings) -> Path:
     return args[1] / "checkpoints" / "last" / "pretrained_model"
 
 
+def measure(model: Path, entry: dict, *flags: str) -> dict:
+    """What hlrp-eval-codes says of the model on one dataset of the mix."""
+    found: list[dict] = []
+    dataset = [f"--dataset.{name}={entry[name]}" for name in ("repo_id", "root", "eval_split")]
+    flags = (f"--policy.path={model}", *dataset, f"--codes={entry['codes']}", *flags)
+    run_command(eval_codes.EvalCodesCommand, lambda c: found.append(eval_codes.evaluate(c)), list(flags))
+    return found[0]
+
+
 def read_metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -102,12 +111,8 @@ def test_a_mix_of_video_and_robot_data(tiny_qwen, entries, tmp_path, capsys):
     assert (config["camera"], config["frame_gap"]) == ("observation.images.top", 3)  # the first one's
     assert config["frame_gap_s"] == pytest.approx(0.3)
     assert read_manifest(folder)["extra"]["laq"]["hash"] == "hash-of-a-laq"
-    found: list[dict] = []
-    video = entries["video"]
-    flags = [f"--policy.path={folder}", "--dataset.repo_id=test/tiny", f"--dataset.root={video['root']}"]
-    flags += [f"--codes={video['codes']}", "--camera=front", f"--dataset.eval_split={SPLIT}"]
-    run_command(eval_codes.EvalCodesCommand, lambda c: found.append(eval_codes.evaluate(c)), flags)
-    assert found[0]["code_accuracy"] == pytest.approx(figures["by_source"]["video"]["code_accuracy"])
+    found = measure(folder, entries["video"], "--camera=front")
+    assert found["code_accuracy"] == pytest.approx(figures["by_source"]["video"]["code_accuracy"])
 
 
 def test_an_interrupted_mix_continues_and_another_is_refused(tiny_qwen, entries, tmp_path, monkeypatch):
@@ -201,7 +206,13 @@ def test_every_robot_has_its_own_statistics_and_width_of_state(tiny_qwen, entrie
         assert read.shape[1] == states.shape[1]
         distances = torch.cdist(read, (states - mean) / std)
         assert distances.min(1).values.max() < 1e-3
-    train(tiny_qwen, tmp_path / "run", robots, *flags, steps=2)
+    model = train(tiny_qwen, tmp_path / "run", robots, *flags, steps=2)
+    in_training = read_metrics(tmp_path / "run")[-1]["by_source"]
+    with pytest.raises(ValueError, match=r"width of observation\.state: expected 3.*got 2.*--own_statistics=true"):
+        measure(model, robots["two_axes"])
+    for name, robot in robots.items():
+        measured = measure(model, robot, "--own_statistics=true")
+        assert measured["loss"] == pytest.approx(in_training[name]["loss"], rel=1e-5)
     with pytest.raises(ValueError, match=r"data for prompt\.state_text: expected a state"):
         open_datasets(tiny_qwen, tmp_path / "run", entries, *flags)
 

@@ -101,6 +101,13 @@ def test_episodes_must_be_the_datasets():
             },
             "action.*for mean.*--policy.action_episodes",
         ),
+        (
+            {
+                "observation.state": {"mean": np.zeros(1), "std": np.ones(1)},
+                "action": {"mean": np.zeros(2), "std": np.ones(2)},
+            },
+            "width of observation.state: expected 3.*got 1 .*Next step",
+        ),
     ],
 )
 def test_missing_statistics_are_an_error(stats, words):
