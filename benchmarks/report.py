@@ -1,8 +1,9 @@
-"""The README's performance section, rendered from the results of the benchmarks.
+"""What the documents say about speed, rendered from the results of the benchmarks.
 
     python benchmarks/report.py    # after any of them has written its JSON into benchmarks/results
 
-The section is the text between the two markers in README.md; a test holds it equal to what this script renders.
+All of it goes into docs/performance.md, and the rows that matter most into README.md, each between two markers; a test
+holds both equal to what this script renders.
 """
 
 from __future__ import annotations
@@ -10,31 +11,39 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 README = FOLDER.parent / "README.md"
+DOCUMENT = FOLDER.parent / "docs" / "performance.md"
 START, END = "<!-- performance: made by benchmarks/report.py -->", "<!-- end of performance -->"
 
-Row = tuple[str, str, str, str]  # what, ours, the other side, how they compare
+
+class Row(NamedTuple):
+    what: str
+    ours: str
+    beside: str
+    comparison: str
+    is_in_readme: bool
 
 
 def training_loss_rows(result: dict[str, Any]) -> list[Row]:
     return [
-        (
+        Row(
             f"stage-2 training step, {name}, batch {row['batch_size']}, {row['vocabulary']:,} vocabulary rows",
             _ms(row["ours_ms"]),
             f"full logits: {_ms(row['full_ms'])}",
             f"{row['time_ratio']}x faster, {row['memory_ratio']}x less extra memory",
+            is_in_readme=number == 0,
         )
-        for name, row in result["results"].items()
+        for number, (name, row) in enumerate(result["results"].items())
     ]
 
 
 def decoding_rows(result: dict[str, Any]) -> list[Row]:
     return [
-        (
+        Row(
             f"decoding codes, {row['size']} model of {row['vocabulary']:,} rows, batch {row['batch']}, S={row['S']}, "
             f"K={row['K']}",
             _ms(row["constrained_ms"]),
@@ -42,6 +51,7 @@ def decoding_rows(result: dict[str, Any]) -> list[Row]:
             f"{_ms(row['generate_torch_ms'])}",
             f"{row['constrained_over_floor']}x the floor, {row['generate_over_constrained']}x and "
             f"{row['generate_torch_over_constrained']}x faster than `generate`",
+            is_in_readme=row["batch"] == 1,
         )
         for row in result["results"]
         if (row["batch"], row["S"]) in ((1, 4), (8, 8))
@@ -50,12 +60,13 @@ def decoding_rows(result: dict[str, Any]) -> list[Row]:
 
 def outside_model_rows(result: dict[str, Any]) -> list[Row]:
     return [
-        (
+        Row(
             f"outside the model in a training step, {result['size']} `{row['backend']}`, batch {row['batch_size']}, "
             f"{row['instructions']} instructions",
             _ms(row["outside_ms"]),
             f"whole step: {_ms(row['step_ms'])}",
             f"{100 * row['outside_share']:.1f}% of the step",
+            is_in_readme=row["instructions"] == "known",
         )
         for row in result["results"]
     ]
@@ -73,11 +84,12 @@ def smolvla_rows(result: dict[str, Any]) -> list[Row]:
         for name in names:
             ours = policies[name]
             rows.append(
-                (
+                Row(
                     f"`prefix_flow` {title}, {name.replace('_', ' ')}{kernels}: expert of {_millions(ours)}",
                     _ms(ours[f"{part}_ms"]),
                     f"{beside}: {_ms(peer[f'{part}_ms'])}",
                     f"{ours[f'{part}_ratio']}x its time",
+                    is_in_readme=name == "matched" and not result["mkl"],
                 )
             )
     return rows
@@ -85,11 +97,12 @@ def smolvla_rows(result: dict[str, Any]) -> list[Row]:
 
 def labelling_rows(result: dict[str, Any]) -> list[Row]:
     return [
-        (
+        Row(
             f"labelling a frame, {name}",
             _ms(row["label_ms"]),
             f"decoding alone: {_ms(row['decode_ms'])}; LeRobot's items: {_ms(row['items_ms'])}",
             f"{row['label_over_decode']}x decoding, of which the encoder takes {_ms(row['encode_ms'])} a pair",
+            is_in_readme=name.startswith("128x128"),
         )
         for name, row in result["results"].items()
     ]
@@ -98,11 +111,12 @@ def labelling_rows(result: dict[str, Any]) -> list[Row]:
 def labelling_memory_rows(result: dict[str, Any]) -> list[Row]:
     small, large = result["results"].values()
     return [
-        (
+        Row(
             f"peak memory of labelling {large['frames']:,} frames",
             f"{large['peak_mb']:.0f} MB",
             f"{small['frames']:,} frames: {small['peak_mb']:.0f} MB",
             f"{large['peak_mb'] / small['peak_mb']:.2f}x",
+            is_in_readme=True,
         )
     ]
 
@@ -118,13 +132,13 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], list[Row]]]] = {
 }
 
 
-def render(results: Path = RESULTS) -> str:
-    """The section, without its markers.
+def render(results: Path = RESULTS) -> tuple[str, str]:
+    """What stands between the markers of the README, and of the document.
 
     Raises:
         ValueError: a benchmark has left no result there.
     """
-    rows: list[Row] = [("", "", "beside it", ""), ("---",) * 4]
+    rows: list[Row] = []
     commands, machines = [], []
     for name, (command, make_rows) in SECTIONS.items():
         path = results / f"{name}.json"
@@ -138,28 +152,40 @@ def render(results: Path = RESULTS) -> str:
         rows += make_rows(result)
         commands.append(command)
         machines.append(_describe(result["machine"]))
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    measured = (
+        f"Measured on {'; '.join(dict.fromkeys(machines))}, in float32 with random weights. What a row compares\n"
+        "in time ran in turns in one process; times are medians, so that ratios hold where milliseconds do not."
+    )
+    made_by = "\n".join(["```bash", *commands, "python benchmarks/report.py", "```"])
+    most = _table([row for row in rows if row.is_in_readme])
     return (
-        f"Measured on {'; '.join(dict.fromkeys(machines))}, in float32 with random weights. What a row compares "
-        "in time ran in turns in one process; times are medians, so that ratios hold where milliseconds do not.\n\n"
-        f"{table}\n\nThe results are in `benchmarks/results`; these commands make them and this section:\n\n"
-        "```bash\n" + "\n".join([*commands, "python benchmarks/report.py"]) + "\n```"
+        f"{measured}\n\n{most}\n\nThe other rows and the commands are in [docs/performance.md](docs/performance.md).",
+        f"{measured}\n\n{_table(rows)}\n\nThe results are in `benchmarks/results`; these commands make them and this "
+        f"table:\n\n{made_by}",
     )
 
 
-def insert(readme: str, section: str) -> str:
-    """`readme` with `section` between the markers.
+def insert(text: str, section: str, *, title: str) -> str:
+    """`text` with `section` between the markers.
+
+    Args:
+        title: of the text, for the message.
 
     Raises:
         ValueError: the markers are not there once each, in order.
     """
-    before, start, rest = readme.partition(START)
+    before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not (start and end) or START in after or END in before:
         raise ValueError(
-            f"README.md: expected {START!r} and then {END!r}, once each, got something else. Next step: put them back."
+            f"{title}: expected {START!r} and then {END!r}, once each, got something else. Next step: put them back."
         )
     return f"{before}{START}\n{section}\n{END}{after}"
+
+
+def _table(rows: list[Row]) -> str:
+    lines = [("", "", "beside it", ""), ("---",) * 4, *(row[:4] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _describe(machine: dict[str, Any]) -> str:
@@ -177,8 +203,9 @@ def _millions(policy: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    README.write_text(insert(README.read_text(), render()))
-    print(f"written to {README}")
+    for path, section in zip((README, DOCUMENT), render(), strict=True):
+        path.write_text(insert(path.read_text(), section, title=path.name))
+        print(f"written to {path}")
 
 
 if __name__ == "__main__":
