@@ -6,7 +6,7 @@
 The data are episodes of 250 frames of the tabletop under random actions, as PNG images and as video. The LAQ has random
 weights and the default settings; `label_ms` is `label_dataset` from the first frame to the written table, `decode_ms`
 the reading of all frames alone: both for one frame, of which all but the last three of an episode are labelled.
-`encode_ms` is the encoder alone, for one pair in memory that has the LAQ's size, and `resize_ms` what brings one frame
+`encode_ms` is the encoder alone, for one frame in memory that has the LAQ's size, and `resize_ms` what brings one frame
 there. `items_ms` is what LeRobot's own items cost, which read two frames for a pair. All are medians of rounds that
 take turns, with one thread for the encoder; `label_dataset` decodes in another.
 
@@ -33,14 +33,15 @@ from measuring import describe_machine, interleaved_ms, peak_anonymous_bytes, pr
 from tqdm import tqdm
 
 from hlrp_core.laq.config import LAQConfig
-from hlrp_core.laq.quantizer import LatentActionQuantizer
+from hlrp_core.laq.quantizer import LatentActionQuantizer, resize_images
 from hlrp_tabletop.env import TabletopEnv
 from lerobot_hlrp.cli.label import LabelCommand, label
 from lerobot_hlrp.frame_reader import EpisodeFrames, read_frame
-from lerobot_hlrp.labelling import label_dataset
+from lerobot_hlrp.labelling import encode_frames, label_dataset
 
 CAMERA = "observation.image"
 EPISODE_LENGTH = 250
+NUM_ENCODED = 256  # frames, for the encoder alone
 DATASETS = {  # name: image side, as video
     "128x128 images": (128, False),
     "128x128 video": (128, True),
@@ -80,20 +81,21 @@ def measure_time(name: str, folder: Path, episodes: int, rounds: int) -> dict[st
         label_dataset(laq, dataset, camera=CAMERA, laq_id="random", output=folder / "codes.safetensors")
 
     num_items = min(100, len(dataset))
-    frames = torch.randint(0, 256, (1, 64, image_size, image_size, 3), dtype=torch.uint8)
-    tuples = laq.prepare(frames)[0].unfold(0, 2, 1).movedim(-1, 1)  # (63, 2, 3, R, R)
+    frames = torch.randint(0, 256, (NUM_ENCODED, image_size, image_size, 3), dtype=torch.uint8)
+    small = torch.randint(0, 256, (NUM_ENCODED, laq.config.image_size, laq.config.image_size, 3), dtype=torch.uint8)
     times = interleaved_ms(
         {
             "decode": decode,
             "label": label_all,
-            "resize": lambda: laq.prepare(frames),
-            "encode": lambda: laq.encode_prepared(tuples),
+            "resize": lambda: resize_images(frames.permute(0, 3, 1, 2), laq.config.image_size),
+            "encode": lambda: encode_frames(laq, small.numpy(), frame_gap=laq.frame_gap),
             "items": lambda: [read_frame(dataset, CAMERA, index) for index in range(num_items)],
         },
         rounds,
     )
     num_frames = len(dataset)
-    amounts = {"decode": num_frames, "label": num_frames, "resize": 64, "encode": len(tuples), "items": num_items / 2}
+    amounts = {"decode": num_frames, "label": num_frames, "resize": NUM_ENCODED, "encode": NUM_ENCODED}
+    amounts["items"] = num_items / 2
     return {
         "frames": num_frames,
         **{f"{part}_ms": round(times[part] / amount, 3) for part, amount in amounts.items()},

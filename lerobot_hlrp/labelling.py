@@ -1,9 +1,9 @@
 """Labels a LeRobotDataset with a LAQ's codes, a piece of an episode at a time: memory stays flat.
 
-Frames are decoded in a thread of their own while the encoder works, and those that two tuples share only once; tuples
-are encoded in full batches, however short episodes are.
+Frames are decoded in a thread of their own while the encoder works, and both are done once for a frame, in however many
+tuples it is.
 
-Shape legend: n frames of a piece, B batch, T frames of a tuple, R the LAQ's image side, S codes of a label.
+Shape legend: n frames of a piece, T frames of a tuple, Δ the frames between two of them, S codes of a label.
 """
 
 from __future__ import annotations
@@ -50,6 +50,12 @@ class PartialTable:
             tensors = load_file(self.tensors_path)
             self.codes, self.valid = tensors["codes"], tensors["valid"]
             self.num_frames = read_json(self.progress_path)["frames"]
+
+    def add(self, codes: Tensor, *, first_row: int) -> None:
+        """Take the codes `[m, S]` of consecutive rows."""
+        rows = slice(first_row, first_row + len(codes))
+        self.codes[rows], self.valid[rows] = codes, True
+        self.num_frames = rows.stop
 
     def save(self) -> None:
         scratch = self.tensors_path.with_name(f"{self.tensors_path.name}.tmp")
@@ -98,23 +104,20 @@ def label_dataset(
     span = frame_gap * (laq.config.num_frames - 1)
     starts = {piece: source.first_rows[piece.episode] + piece.start for piece in source.pieces(overlap=span)}
     pieces = [piece for piece, start in starts.items() if start >= partial.num_frames]
-    encoder = BatchedEncoder(laq, partial, frame_gap=frame_gap, batch_size=batch_size)
     saved_at = time.monotonic()
     bar = tqdm(total=meta.total_frames, initial=partial.num_frames, unit="frame", desc="Labelling")
     with StopRequest() as stop, bar:
         for piece, frames in zip(pieces, source.read_ahead(pieces), strict=True):
-            encoder.add(frames, first_row=starts[piece])
-            partial.num_frames = starts[piece] + len(frames) - span
+            codes = encode_frames(laq, frames, frame_gap=frame_gap, batch_size=batch_size)
+            partial.add(codes, first_row=starts[piece])
             bar.update(partial.num_frames - bar.n)
             if stop.requested or time.monotonic() - saved_at >= save_interval_s:
-                encoder.flush()
                 partial.save()
                 saved_at = time.monotonic()
             if stop.requested and piece is not pieces[-1]:
                 bar.close()
                 print(f"Stopped after {partial.num_frames} frames. Run the same command again to continue.")
                 return None
-        encoder.flush()
         bar.update(meta.total_frames - bar.n)  # the last frames of an episode have no tuple
     header = CodeTableHeader(
         dataset_id=dataset.repo_id,
@@ -133,47 +136,14 @@ def label_dataset(
     return table
 
 
-class BatchedEncoder:
-    """Gathers tuples over episodes, which may be short, and encodes them in full batches.
+def encode_frames(laq: LatentActionQuantizer, frames: np.ndarray, *, frame_gap: int, batch_size: int = 64) -> Tensor:
+    """Codes `[n - Δ * (T-1), S]` int32 of all tuples of consecutive frames `[n, H, W, 3]` uint8, on the CPU.
 
-    Args:
-        table: receives the codes.
-        frame_gap: Δ in frames.
-        batch_size: tuples at once.
+    What the LAQ makes of one frame is made once, for all tuples that the frame is in.
     """
-
-    def __init__(self, laq: LatentActionQuantizer, table: PartialTable, *, frame_gap: int, batch_size: int):
-        self.laq = laq
-        self.table = table
-        self.frame_gap = frame_gap
-        self.batch_size = batch_size
-        self._tuples: list[Tensor] = []  # each [m, T, 3, R, R]
-        self._rows: list[Tensor] = []
-        self._device = next(laq.parameters()).device
-
-    def add(self, frames: np.ndarray, *, first_row: int) -> None:
-        """Take the tuples of consecutive frames `[n, H, W, 3]`, of which the first has this row in the table."""
-        gap, num_frames = self.frame_gap, self.laq.config.num_frames
-        span = gap * (num_frames - 1)
-        num_tuples = max(len(frames) - span, 0)
-        for start in range(0, num_tuples, self.batch_size):
-            stop = min(start + self.batch_size, num_tuples)
-            images = self._prepare(frames[start : stop + span])
-            offsets = torch.arange(stop - start)[:, None] + gap * torch.arange(num_frames)  # (m, T)
-            self._tuples.append(images[offsets.to(self._device)])
-            self._rows.append(first_row + torch.arange(start, stop))
-            if sum(map(len, self._rows)) >= self.batch_size:
-                self.flush()
-
-    def _prepare(self, frames: np.ndarray) -> Tensor:
-        """`[n, H, W, 3]` uint8 -> `[n, 3, R, R]` on the LAQ's device, each frame once."""
-        return self.laq.prepare(torch.from_numpy(frames).to(self._device)[None])[0]
-
-    def flush(self) -> None:
-        """Encode what has been gathered."""
-        if not self._rows:
-            return
-        rows = torch.cat(self._rows)
-        self.table.codes[rows] = self.laq.encode_prepared(torch.cat(self._tuples)).cpu().int()
-        self.table.valid[rows] = True
-        self._tuples, self._rows = [], []
+    device = next(laq.parameters()).device
+    images = torch.from_numpy(frames)
+    embedded = torch.cat([laq.embed(batch.to(device)[None])[0] for batch in images.split(batch_size)])  # (n, 2E, h, h)
+    span = frame_gap * (laq.config.num_frames - 1)
+    tuples = embedded.unfold(0, span + 1, 1)[..., ::frame_gap].movedim(-1, 1)  # (n - span, T, 2E, h, h), a view
+    return torch.cat([laq.encode_embedded(batch) for batch in tuples.split(batch_size)]).int().cpu()

@@ -4,8 +4,8 @@ Notable: the encoder reads the change through spatial softmax keypoints (Finn et
 positions to sub-patch precision, and a transition run backwards has exactly the opposite latents; the decoder adds a
 change to frame t and starts at exactly no change, so that training starts at the copy baseline.
 
-Shape legend: B batch, R image side, P patch side, G = R / P grid side, E channels, Z width of the encoder's latents,
-C width of what the decoder sees of the codes, F channels of the target, Y its side.
+Shape legend: B batch, R image side, P patch side, G = R / P grid side, H = G / 2, E channels, Z width of the encoder's
+latents, C width of what the decoder sees of the codes, F channels of the target, Y its side.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ class PairEncoder(nn.Module):
 
     What actions are like is built in: undoing one takes its opposite. Without that, and with a deeper readout, latents
     become fast-changing functions of the motion: as good for drawing frame t+Δ, but hard to predict from frame t.
+
+    Nearly all of the work, `embed`, sees one frame alone: a frame that is the end of one pair and the start of another
+    needs it once. What is left for a pair, `compare`, is small.
     """
 
     coordinates: Tensor
@@ -31,30 +34,44 @@ class PairEncoder(nn.Module):
         width, grid = config.hidden_dim, config.image_size // config.patch_size
         self.sharpness = sharpness
         # patches overlap by half: a small thing never hides on their border
-        self.patches = nn.Conv2d(9, width, 2 * config.patch_size, config.patch_size, config.patch_size // 2)
+        self.patches = nn.Conv2d(3, width // 2, 2 * config.patch_size, config.patch_size, config.patch_size // 2)
+        self.down = nn.Conv2d(width // 2, width, 3, 2, 1)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.GroupNorm(8, width), nn.GELU(), nn.Conv2d(width, width, 3, padding=1))
-            for _ in range(config.num_layers)
+            for _ in range((config.num_layers + 1) // 2)
         )
-        self.attention = nn.Conv2d(width, num_keypoints, 1)
-        self.values = nn.Conv2d(width, num_keypoints, 1)
+        self.roles = nn.Conv2d(width, 2 * width, 1)  # the frame as the earlier, and as the later, of a pair
+        self.keypoints = nn.Conv2d(width, 2 * num_keypoints, 1)  # where each is sought, and its value there
         self.head = nn.Linear(3 * num_keypoints, latent_dim, bias=False)  # a bias would cancel out
-        self.register_buffer("coordinates", grid_coordinates(grid).flatten(1), persistent=False)  # (2, G * G)
+        self.register_buffer(
+            "coordinates", grid_coordinates((grid + 1) // 2).flatten(1), persistent=False
+        )  # (2, H * H)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        both_ways = self._keypoints(torch.cat([source, target]), torch.cat([target, source]))
-        forwards, backwards = both_ways.chunk(2)
-        return self.head(forwards - backwards)
+        return self.compare(self.embed(source), self.embed(target))
 
-    def _keypoints(self, source: Tensor, target: Tensor) -> Tensor:
-        """Places and values of the keypoints, `[B, 3 * keypoints]`."""
-        x = self.patches(torch.cat([source, target, 2 * (target - source)], dim=1))  # (B, E, G, G)
+    def embed(self, frames: Tensor) -> Tensor:
+        """Frames `[B, 3, R, R]` -> what `compare` needs of each, `[B, 2 * E, H, H]`."""
+        x = self.down(F.gelu(self.patches(frames)))
         for block in self.blocks:
             x = x + block(x)
-        where = torch.softmax(self.sharpness * self.attention(x).flatten(2).float(), dim=-1)  # (B, keypoints, G * G)
+        return self.roles(x)
+
+    def compare(self, source: Tensor, target: Tensor) -> Tensor:
+        """Embedded frames `[B, 2 * E, H, H]` each -> latents `[B, Z]`."""
+        source_first, source_last = source.chunk(2, dim=1)
+        target_first, target_last = target.chunk(2, dim=1)
+        both_ways = torch.cat([source_first + target_last, target_first + source_last])  # (2 * B, E, H, H)
+        forwards, backwards = self._keypoints(both_ways).chunk(2)
+        return self.head(forwards - backwards)
+
+    def _keypoints(self, pairs: Tensor) -> Tensor:
+        """Places and values of the keypoints, `[B, 3 * keypoints]`."""
+        scores, values = self.keypoints(F.gelu(pairs)).flatten(2).chunk(2, dim=1)  # (B, keypoints, H * H)
+        where = torch.softmax(self.sharpness * scores.float(), dim=-1)
         positions = where @ self.coordinates.T  # (B, keypoints, 2)
-        values = (where * self.values(x).flatten(2)).sum(-1, keepdim=True)  # (B, keypoints, 1)
-        return torch.cat([positions, values], dim=-1).flatten(1)
+        mean_values = (where * values).sum(-1, keepdim=True)  # (B, keypoints, 1)
+        return torch.cat([positions, mean_values], dim=-1).flatten(1)
 
 
 class ChangeDecoder(nn.Module):

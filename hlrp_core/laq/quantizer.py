@@ -113,7 +113,7 @@ class LatentActionQuantizer(
         """Training: reconstruct every later frame of `[B, T, H, W, 3]` uint8 from the one before it and its codes."""
         images = self.prepare(frames)
         source, target = self._transitions(images)
-        quantized = self.quantizer(self.encoder(source, target), hardness=hardness)
+        quantized = self.quantizer(self._latents(self._embed(images)), hardness=hardness)
         weight = self._change_weight(source, target)
         source, target = self._to_target(source), self._to_target(target)
         reconstruction = self.decoder(source, quantized.condition)
@@ -133,24 +133,29 @@ class LatentActionQuantizer(
         self.train()
         with self.quantizer.calibrating():
             for frames in batches:
-                self.quantizer(self.encoder(*self._transitions(self.prepare(frames))))
+                self.quantizer(self._latents(self._embed(self.prepare(frames))))
         self.eval()
 
     def encode(self, frames: Tensor) -> Tensor:
         """Frames `[B, T, H, W, 3]` uint8 -> codes `[B, (T-1)*S]` long. Runs in eval mode, whatever the module's is."""
-        return self.encode_prepared(self.prepare(frames))
+        return self.encode_embedded(self.embed(frames))
 
     @torch.no_grad()
-    def encode_prepared(self, images: Tensor) -> Tensor:
-        """`encode` of what `prepare` made of the frames `[B, T, 3, R, R]`: a frame of two tuples is resized once."""
+    def embed(self, frames: Tensor) -> Tensor:
+        """Frames `[B, T, H, W, 3]` uint8 -> `[B, T, 2E, h, h]`, for `encode_embedded`: nearly all of the work, once for
+        a frame of two tuples. Training and eval mode embed alike."""
+        return self._embed(self.prepare(frames))
+
+    @torch.no_grad()
+    def encode_embedded(self, embedded: Tensor) -> Tensor:
+        """What `embed` made of the frames of B tuples -> their codes `[B, (T-1)*S]`: `encode` is the two."""
         was_training = self.training
         self.eval()
         try:
-            source, target = self._transitions(images)
-            codes = self.quantizer(self.encoder(source, target)).codes
+            codes = self.quantizer(self._latents(embedded)).codes
         finally:
             self.train(was_training)
-        return codes.view(len(images), -1)
+        return codes.view(len(embedded), -1)
 
     def provide_codes(self, *, index: Tensor | None = None, frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `CodeProvider`; a LAQ goes by `frames`, and says something of all of them."""
@@ -193,8 +198,16 @@ class LatentActionQuantizer(
         images = resize_images(frames.flatten(0, 1).permute(0, 3, 1, 2), size)  # (B * T, 3, R, R)
         return (images.float() / 127.5 - 1).view(*frames.shape[:2], 3, size, size)
 
+    def _embed(self, images: Tensor) -> Tensor:
+        """`[B, T, 3, R, R]` -> `[B, T, 2E, h, h]`."""
+        return self.encoder.embed(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+
+    def _latents(self, embedded: Tensor) -> Tensor:
+        """`[B, T, 2E, h, h]` -> `[B * (T-1), Z]`."""
+        return self.encoder.compare(*self._transitions(embedded))
+
     def _transitions(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, T, 3, R, R]` -> earlier and later frames, each `[B * (T-1), 3, R, R]`."""
+        """`[B, T, ...]` -> what is of earlier and of later frames, each `[B * (T-1), ...]`."""
         if images.shape[1] != self.config.num_frames:
             raise ValueError(
                 f"frames: expected T={self.config.num_frames} frames (the LAQ's num_frames), got {images.shape[1]}. "

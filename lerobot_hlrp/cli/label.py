@@ -29,7 +29,7 @@ class LabelCommand:
     # Δ in seconds, for a dataset with another frame rate than the one that the LAQ was trained on. By default as many
     # frames as there.
     frame_gap_s: float | None = None
-    # Frame pairs at once.
+    # Frames at once.
     batch_size: int = 64
     # By default the best there is; `cpu` is the other choice.
     device: str | None = None

@@ -22,7 +22,7 @@ from lerobot_hlrp.cli.label import LabelCommand, label
 from lerobot_hlrp.cli.laq_train import TrainLAQCommand, train
 from lerobot_hlrp.fingerprint import dataset_fingerprint
 from lerobot_hlrp.frame_reader import EpisodeFrames, Piece, choose_camera, read_actions, read_frame
-from lerobot_hlrp.labelling import BatchedEncoder, PartialTable, label_dataset
+from lerobot_hlrp.labelling import PartialTable, encode_frames, label_dataset
 from lerobot_hlrp.laq_data import build_frame_tuples, cache_frames
 
 TINY = LAQConfig(image_size=16, hidden_dim=16, num_layers=1, frame_gap=2, code_seq_len=2)
@@ -167,15 +167,15 @@ def test_an_interrupted_labelling_says_how_to_continue(labelled, trained, tiny_d
     output = tmp_path / "codes.safetensors"
     dataset = DatasetConfig(repo_id="test/tiny", root=str(tiny_dataset))
     command = LabelCommand(laq=str(trained), dataset=dataset, output=output, device="cpu")
-    add = BatchedEncoder.add
+    add = PartialTable.add
 
-    def interrupted(self, frames, *, first_row):
-        add(self, frames, first_row=first_row)
+    def interrupted(self, codes, *, first_row):
+        add(self, codes, first_row=first_row)
         if first_row == 12:  # the second episode
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(BatchedEncoder, "add", interrupted)
+        patch.setattr(PartialTable, "add", interrupted)
         assert label(command) == 130
     assert "Stopped after 19 frames. Run the same command again" in capsys.readouterr().out  # 12 + 9 - the gap of 2
     assert not output.exists()
@@ -290,18 +290,25 @@ def test_decoding_goes_on_while_the_caller_works(tiny_dataset, monkeypatch):
 
 
 def test_long_and_short_episodes_are_encoded_in_bounded_batches(trained, tiny_dataset, tmp_path, monkeypatch):
-    """Batches smaller than an episode and larger than one give the same table."""
+    """Batches smaller than an episode and larger than one give the same table; each frame is embedded once."""
     laq, dataset = LatentActionQuantizer.from_pretrained(trained), open_dataset(tiny_dataset)
-    sizes, encode = [], LatentActionQuantizer.encode_prepared
+    embedded, encoded = [], []
+    embed, encode = LatentActionQuantizer.embed, LatentActionQuantizer.encode_embedded
 
-    def note(self, images):
-        sizes.append(len(images))
-        return encode(self, images)
+    def note_embed(self, frames):
+        embedded.append(frames.shape[:2].numel())
+        return embed(self, frames)
 
-    monkeypatch.setattr(LatentActionQuantizer, "encode_prepared", note)
+    def note_encode(self, tuples):
+        encoded.append(len(tuples))
+        return encode(self, tuples)
+
+    monkeypatch.setattr(LatentActionQuantizer, "embed", note_embed)
+    monkeypatch.setattr(LatentActionQuantizer, "encode_embedded", note_encode)
     tables = {}
     for batch_size in (3, 16):
-        sizes.clear()
+        embedded.clear()
+        encoded.clear()
         tables[batch_size] = label_dataset(
             laq,
             dataset,
@@ -310,6 +317,20 @@ def test_long_and_short_episodes_are_encoded_in_bounded_batches(trained, tiny_da
             output=tmp_path / "t",
             batch_size=batch_size,
         )
-        assert sum(sizes) == int(tables[batch_size].valid.sum())
-        assert max(sizes) < 2 * batch_size
+        assert sum(embedded) == len(dataset)
+        assert sum(encoded) == int(tables[batch_size].valid.sum())
+        assert max(embedded + encoded) <= batch_size
     assert torch.equal(tables[3].codes, tables[16].codes)
+
+
+@pytest.mark.parametrize("num_frames", [2, 4])
+def test_codes_of_consecutive_frames_are_those_of_each_tuple_alone(num_frames):
+    torch.manual_seed(0)
+    sizes = LAQConfig(image_size=16, hidden_dim=16, num_layers=1, code_seq_len=2, num_frames=num_frames)
+    laq = LatentActionQuantizer(sizes).eval()
+    frames = torch.randint(0, 256, (20, 20, 20, 3), dtype=torch.uint8)
+    gap, span = 3, 3 * (num_frames - 1)
+    codes = encode_frames(laq, frames.numpy(), frame_gap=gap, batch_size=7)
+    one_by_one = [laq.encode(frames[None, start : start + span + 1 : gap])[0] for start in range(20 - span)]
+    assert torch.equal(codes, torch.stack(one_by_one).int())
+    assert len(codes.unique(dim=0)) > 1
