@@ -122,7 +122,7 @@ def measure_memory(folder: Path, episodes: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--episodes", type=int, default=4, help="of each dataset")
+    parser.add_argument("--episodes", type=int, default=20, help="of each dataset")
     parser.add_argument("--memory_episodes", type=int, nargs="+", default=[], help="measure memory on so many episodes")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, default=None, help="JSON file")

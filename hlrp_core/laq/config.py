@@ -28,7 +28,7 @@ class LAQConfig:
     image_size: side of the square that frames are resized to.
     patch_size: side of a patch of that square.
     hidden_dim: channels of encoder and decoder.
-    num_layers: convolution blocks of the decoder; the encoder has half as many.
+    num_layers: convolution blocks of the decoder.
     code_dim: D of a code vector (`vq`, `diveq`); `fsq` has one dimension for each of its levels.
     target: what is reconstructed: `pixels`, or `features` of a frozen encoder.
     feature_encoder: Hub id or folder of that encoder, a vision transformer of transformers (DINOv2, DINOv3, ...).

@@ -24,7 +24,8 @@ class PairEncoder(nn.Module):
     become fast-changing functions of the motion: as good for drawing frame t+Δ, but hard to predict from frame t.
 
     Nearly all of the work, `embed`, sees one frame alone: a frame that is the end of one pair and the start of another
-    needs it once. What is left for a pair, `compare`, is small.
+    needs it once. What is left for a pair, `compare`, is small. A deeper or wider `embed` drew frame t+Δ no better, and
+    labelling is to cost little more than decoding the frames.
     """
 
     coordinates: Tensor
@@ -34,28 +35,22 @@ class PairEncoder(nn.Module):
         width, grid = config.hidden_dim, config.image_size // config.patch_size
         self.sharpness = sharpness
         # patches overlap by half: a small thing never hides on their border
-        self.patches = nn.Conv2d(3, width // 2, 2 * config.patch_size, config.patch_size, config.patch_size // 2)
-        self.down = nn.Conv2d(width // 2, width, 3, 2, 1)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.GroupNorm(8, width), nn.GELU(), nn.Conv2d(width, width, 3, padding=1))
-            for _ in range((config.num_layers + 1) // 2)
-        )
+        self.patches = nn.Conv2d(3, width // 4, 2 * config.patch_size, config.patch_size, config.patch_size // 2)
+        self.down = nn.Conv2d(width // 4, width, 3, 2, 1)
+        self.block = nn.Sequential(nn.GroupNorm(8, width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
         self.roles = nn.Conv2d(width, 2 * width, 1)  # the frame as the earlier, and as the later, of a pair
         self.keypoints = nn.Conv2d(width, 2 * num_keypoints, 1)  # where each is sought, and its value there
         self.head = nn.Linear(3 * num_keypoints, latent_dim, bias=False)  # a bias would cancel out
-        self.register_buffer(
-            "coordinates", grid_coordinates((grid + 1) // 2).flatten(1), persistent=False
-        )  # (2, H * H)
+        places = grid_coordinates((grid + 1) // 2).flatten(1)  # (2, H * H)
+        self.register_buffer("coordinates", places, persistent=False)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         return self.compare(self.embed(source), self.embed(target))
 
     def embed(self, frames: Tensor) -> Tensor:
         """Frames `[B, 3, R, R]` -> what `compare` needs of each, `[B, 2 * E, H, H]`."""
-        x = self.down(F.gelu(self.patches(frames)))
-        for block in self.blocks:
-            x = x + block(x)
-        return self.roles(x)
+        x = self.down(F.relu(self.patches(frames)))
+        return self.roles(x + self.block(x))
 
     def compare(self, source: Tensor, target: Tensor) -> Tensor:
         """Embedded frames `[B, 2 * E, H, H]` each -> latents `[B, Z]`."""
@@ -67,7 +62,7 @@ class PairEncoder(nn.Module):
 
     def _keypoints(self, pairs: Tensor) -> Tensor:
         """Places and values of the keypoints, `[B, 3 * keypoints]`."""
-        scores, values = self.keypoints(F.gelu(pairs)).flatten(2).chunk(2, dim=1)  # (B, keypoints, H * H)
+        scores, values = self.keypoints(F.relu(pairs)).flatten(2).chunk(2, dim=1)  # (B, keypoints, H * H)
         where = torch.softmax(self.sharpness * scores.float(), dim=-1)
         positions = where @ self.coordinates.T  # (B, keypoints, 2)
         mean_values = (where * values).sum(-1, keepdim=True)  # (B, keypoints, 1)
