@@ -101,7 +101,7 @@ def labelling_rows(result: dict[str, Any]) -> list[Row]:
             f"labelling a frame, {name}",
             _ms(row["label_ms"]),
             f"decoding alone: {_ms(row['decode_ms'])}; LeRobot's items: {_ms(row['items_ms'])}",
-            f"{row['label_over_decode']}x decoding, of which the encoder takes {_ms(row['encode_ms'])} a pair",
+            f"{row['label_over_decode']}x decoding, with an encoder of {_ms(row['encode_ms'])} a frame",
             is_in_readme=name.startswith("128x128"),
         )
         for name, row in result["results"].items()
