@@ -9,8 +9,8 @@ linear layers and, as `generate_torch`, with torch's own, as it runs without thi
 `latent_from_batch`: image processing, prompts and constrained decoding. Times are medians in milliseconds, on one
 thread.
 
-Each size is measured with the small vocabulary of a random checkpoint and with as many rows as Qwen3-VL has:
-`generate` projects onto all of them in every step.
+Each size is measured with the small vocabulary of a random checkpoint and with as many rows as the family's published
+models have: `generate` projects onto all of them in every step.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from hlrp_core.backbones.random_checkpoint import write_random_checkpoint
 from hlrp_core.backends.composed import ComposedBackend
 from hlrp_core.codes.decoding import make_decoder
 from hlrp_core.prompting.strategy import PromptInputs
+from hlrp_core.registry import get_recipe
 
 INSTRUCTIONS = ("reach the red disc", "push the green block to the blue corner, slowly", "open the top drawer", "stop")
 CODES = ((4, 8), (8, 256))  # S, K
-VOCABULARIES = (None, 151_936)  # rows; None: the checkpoint's own
+PUBLISHED_ROWS = {"qwen3_vl": 151_936, "smolvlm": 49_280}
 
 
 def run_floor(backend: ComposedBackend, inputs: PromptInputs) -> None:
@@ -51,9 +52,9 @@ def sharpen(backend: ComposedBackend) -> None:
         backend.core.lm_head.weight[rows] += torch.randn(len(rows), backend.core.hidden_dim)
 
 
-def build(folder: Path, vocabulary: int | None, *, code_seq_len: int, codebook_size: int) -> ComposedBackend:
+def build(name: str, folder: Path, vocabulary: int | None, *, code_seq_len: int, codebook_size: int) -> ComposedBackend:
     torch.manual_seed(0)
-    backend = make_backend("qwen_chat", backbone=folder, code_seq_len=code_seq_len, codebook_size=codebook_size)
+    backend = make_backend(name, backbone=folder, code_seq_len=code_seq_len, codebook_size=codebook_size)
     if vocabulary is not None:
         backend.core.model.resize_token_embeddings(vocabulary, mean_resizing=False)
         speed_up_linears(backend)  # of the new projection, too
@@ -67,10 +68,7 @@ def run_on_torch_kernels(function: Callable[[], object]) -> None:
         function()
 
 
-def measure(
-    folder: Path, vocabulary: int | None, batch_size: int, code_seq_len: int, codebook_size: int, rounds: int
-) -> dict:
-    backend = build(folder, vocabulary, code_seq_len=code_seq_len, codebook_size=codebook_size)
+def measure(backend: ComposedBackend, batch_size: int, rounds: int) -> dict:
     batch = FoundationBatch(
         frames=torch.randint(0, 256, (batch_size, 1, 96, 96, 3), dtype=torch.uint8),
         instructions=[INSTRUCTIONS[i % len(INSTRUCTIONS)] for i in range(batch_size)],
@@ -107,6 +105,7 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backends", nargs="+", default=["qwen_chat", "smol_chat"])
     parser.add_argument("--sizes", nargs="+", default=["tiny", "small"], choices=["tiny", "small"])
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--rounds", type=int, default=15)
@@ -117,13 +116,16 @@ def main() -> None:
     print(f"{machine['cpu']}, {machine['cores']} cores, one thread, torch {machine['torch']}, float32")
     results = []
     with tempfile.TemporaryDirectory() as name:
-        for size in args.sizes:
-            folder = write_random_checkpoint(Path(name) / size, size=size)
-            cases = product(VOCABULARIES, args.batch_sizes, CODES)
-            for vocabulary, batch_size, (code_seq_len, codebook_size) in cases:
-                figures = measure(folder, vocabulary, batch_size, code_seq_len, codebook_size, args.rounds)
-                case = {"size": size, "batch": batch_size, "S": code_seq_len, "K": codebook_size}
-                results.append({**case, **figures})
+        for backend_name, size in product(args.backends, args.sizes):
+            family = get_recipe(backend_name).family
+            folder = Path(name) / f"{family}_{size}"
+            if not folder.is_dir():
+                write_random_checkpoint(folder, family=family, size=size)
+            # None: the checkpoint's own vocabulary
+            for vocabulary, batch_size, (S, K) in product((None, PUBLISHED_ROWS[family]), args.batch_sizes, CODES):
+                backend = build(backend_name, folder, vocabulary, code_seq_len=S, codebook_size=K)
+                figures = measure(backend, batch_size, args.rounds)
+                results.append({"backend": backend_name, "size": size, "batch": batch_size, "S": S, "K": K, **figures})
     print_table(list(results[0]), [list(result.values()) for result in results])
     write_result({"machine": machine, "results": results}, args.output)
 

@@ -31,27 +31,28 @@ class Row(NamedTuple):
 def training_loss_rows(result: dict[str, Any]) -> list[Row]:
     return [
         Row(
-            f"stage-2 training step, {name}, batch {row['batch_size']}, {row['vocabulary']:,} vocabulary rows",
+            f"stage-2 training step, {row['size']} `{row['backend']}`, {row['image']} pixels, batch "
+            f"{row['batch_size']}, {row['vocabulary']:,} vocabulary rows",
             _ms(row["ours_ms"]),
             f"full logits: {_ms(row['full_ms'])}",
             f"{row['time_ratio']}x faster, {row['memory_ratio']}x less extra memory",
-            is_in_readme=number == 0,
+            is_in_readme=row["backend"].endswith("_chat") and row["image"] == "96x96",
         )
-        for number, (name, row) in enumerate(result["results"].items())
+        for row in result["results"]
     ]
 
 
 def decoding_rows(result: dict[str, Any]) -> list[Row]:
     return [
         Row(
-            f"decoding codes, {row['size']} model of {row['vocabulary']:,} rows, batch {row['batch']}, S={row['S']}, "
-            f"K={row['K']}",
+            f"decoding codes, {row['size']} `{row['backend']}` of {row['vocabulary']:,} rows, batch {row['batch']}, "
+            f"S={row['S']}, K={row['K']}",
             _ms(row["constrained_ms"]),
             f"its floor: {_ms(row['floor_ms'])}; `generate`: {_ms(row['generate_ms'])}, on torch's own kernels "
             f"{_ms(row['generate_torch_ms'])}",
             f"{row['constrained_over_floor']}x the floor, {row['generate_over_constrained']}x and "
             f"{row['generate_torch_over_constrained']}x faster than `generate`",
-            is_in_readme=row["batch"] == 1,
+            is_in_readme=row["batch"] == 1 and row["backend"] == "qwen_chat",
         )
         for row in result["results"]
         if (row["batch"], row["S"]) in ((1, 4), (8, 8))

@@ -5,14 +5,16 @@
 Both sides run the same backbone on the same batch, forward and backward, and give the same loss and gradients
 (printed). The reference projects every position onto the vocabulary and takes transformers' own loss of causal
 language models, with labels of -100 on the prompt, by torch's own kernels; ours multiplies with oneDNN's. The
-vocabulary is Qwen3-VL's, 151,936 rows. Rounds take turns; times are medians. Memory is the peak of a step above what
-weights, gradients and batch take anyway.
+vocabulary has as many rows as the family's published models, 151,936 in Qwen3-VL and 49,280 in SmolVLM2. Every token
+backend is measured; SmolVLM's on one size of picture, as it scales each to one tile. Rounds take turns; times are
+medians. Memory is the peak of a step above what weights, gradients and batch take anyway.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -22,19 +24,25 @@ from torch import Tensor
 from hlrp_core import BackendMode, FoundationBatch, make_backend
 from hlrp_core.backbones.random_checkpoint import write_random_checkpoint
 from hlrp_core.backends.composed import ComposedBackend
+from hlrp_core.registry import get_recipe
 
-VOCABULARY = 151_936
-PROCESSOR = Path(__file__).parents[2] / "shared" / "assets" / "qwen3_vl"
+VOCABULARIES = {"qwen3_vl": 151_936, "smolvlm": 49_280}  # rows of the published models
+ASSETS = Path(__file__).parents[2] / "shared" / "assets"
+PROCESSORS = {"qwen3_vl": "qwen3_vl", "smolvlm": "smolvlm2_500m"}  # folders of the published ones there
+BACKENDS = ("qwen_chat", "qwen_plain", "smol_chat", "smol_plain")
 INSTRUCTIONS = ("reach the red disc", "push the green block to the blue corner, slowly", "open the top drawer", "stop")
 
 
-def build(size: str, processor: Path | None, *, code_seq_len: int, codebook_size: int) -> ComposedBackend:
-    with tempfile.TemporaryDirectory() as name:
-        folder = write_random_checkpoint(Path(name) / "backbone", size=size, processor=processor)
-        sizes = {"code_seq_len": code_seq_len, "codebook_size": codebook_size}
-        backend = make_backend("qwen_chat", backbone=folder, **sizes)
-    if backend.core.lm_head.out_features < VOCABULARY:  # as many rows as the published model has
-        backend.core.model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
+def build(name: str, size: str, processors: Path, *, code_seq_len: int, codebook_size: int) -> ComposedBackend:
+    family = get_recipe(name).family
+    processor = processors / PROCESSORS[family]
+    with tempfile.TemporaryDirectory() as folder:
+        backbone = write_random_checkpoint(
+            Path(folder) / "backbone", family=family, size=size, processor=processor if processor.is_dir() else None
+        )
+        backend = make_backend(name, backbone=backbone, code_seq_len=code_seq_len, codebook_size=codebook_size)
+    if backend.core.lm_head.out_features < VOCABULARIES[family]:  # as many rows as the published model has
+        backend.core.model.resize_token_embeddings(VOCABULARIES[family], mean_resizing=False)
     backend.setup(device=torch.device("cpu"))
     return backend.train()
 
@@ -70,8 +78,9 @@ def difference(backend: ComposedBackend, batch: FoundationBatch) -> dict[str, fl
     return {"loss_difference": abs(losses[0] - losses[1]), "gradient_difference": apart / largest}
 
 
-def measure(size: str, image: tuple[int, int], args: argparse.Namespace) -> dict:
-    backend = build(size, args.processor, code_seq_len=args.code_seq_len, codebook_size=args.codebook_size)
+def measure(name: str, size: str, image: tuple[int, int], args: argparse.Namespace) -> dict:
+    sizes = {"code_seq_len": args.code_seq_len, "codebook_size": args.codebook_size}
+    backend = build(name, size, args.processors, **sizes)
     rng = torch.Generator().manual_seed(0)
     B, S, K = args.batch_size, args.code_seq_len, args.codebook_size
     batch = FoundationBatch(
@@ -92,6 +101,9 @@ def measure(size: str, image: tuple[int, int], args: argparse.Namespace) -> dict
     tokens = backend._prompt(batch, for_prediction=False).tokens
     config = backend.core.model.config.text_config
     return {
+        "backend": name,
+        "size": size,
+        "image": f"{image[0]}x{image[1]}",
         "hidden": config.hidden_size,
         "layers": config.num_hidden_layers,
         "vocabulary": backend.core.lm_head.weight.shape[0],
@@ -110,6 +122,7 @@ def measure(size: str, image: tuple[int, int], args: argparse.Namespace) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS)
     parser.add_argument("--sizes", nargs="+", default=["tiny"], choices=["tiny", "small"])
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--code_seq_len", type=int, default=4)
@@ -123,22 +136,25 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
-        "--processor",
+        "--processors",
         type=Path,
-        default=PROCESSOR if PROCESSOR.is_dir() else None,
-        help="folder of a published processor; by default ../shared/assets/qwen3_vl if it is there, else a small one",
+        default=ASSETS,
+        help="folder that holds the published processors, each in its own; where one is missing, a small one stands in",
     )
     parser.add_argument("--output", type=Path, default=None, help="JSON file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     machine = describe_machine()
     print(f"{machine['cpu']}, {machine['cores']} cores, one thread, torch {machine['torch']}, float32")
-    results = {f"{size} {h}x{w}": measure(size, (h, w), args) for size in args.sizes for h, w in args.images}
+    results = []
+    for name, size in product(args.backends, args.sizes):
+        images = args.images if get_recipe(name).family == "qwen3_vl" else args.images[:1]
+        results += [measure(name, size, image, args) for image in images]
     rows = [
-        [name, *(f"{r[name]:.2g}" if name.endswith("difference") else r[name] for r in results.values())]
-        for name in next(iter(results.values()))
+        [name, *(f"{r[name]:.2g}" if name.endswith("difference") else r[name] for r in results)]
+        for name in list(results[0])
     ]
-    print_table(["", *results], rows)
+    print_table(["", *(str(number + 1) for number in range(len(results)))], rows)
     write_result({"machine": machine, "results": results}, args.output)
 
 

@@ -22,6 +22,7 @@ from lerobot_hlrp.batch import Batch
 from lerobot_hlrp.expectation import expect
 from lerobot_hlrp.fingerprint import dataset_fingerprint
 from lerobot_hlrp.frame_gap import is_same_time
+from lerobot_hlrp.log_filters import report_short_episodes
 
 if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDatasetMetadata
@@ -170,7 +171,8 @@ def open_label_source(config: HLRPConfig, meta: LeRobotDatasetMetadata | None) -
     adopt_facts(config, source, fps=None if meta is None else meta.fps)
     config.label_span = source.span
     if meta is not None:
-        longest = max(meta.episodes["length"])
+        lengths = meta.episodes["length"][:]  # every look at the column converts all of it
+        longest = max(lengths)
         expect(
             source.span < longest,
             "frame_gap",
@@ -179,6 +181,8 @@ def open_label_source(config: HLRPConfig, meta: LeRobotDatasetMetadata | None) -
             "Use a LAQ with a smaller frame gap, or a dataset with longer episodes.",
         )
         source.check_dataset(config, meta)
+        if config.drop_n_last_frames:
+            report_short_episodes(lengths, config.drop_n_last_frames)
     return source
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import draccus
 from draccus.utils import ParsingError
 
+from lerobot_hlrp.log_filters import ask_for_short_warnings
+
 
 def run_command[C](command: type[C], run: Callable[[C], Any], args: Sequence[str] | None = None) -> None:
     """Parse the arguments and run; end the process with status 1, and one message, on an error of the user's.
@@ -20,6 +22,7 @@ def run_command[C](command: type[C], run: Callable[[C], Any], args: Sequence[str
     `HLRP_DEBUG=1` shows the traceback as well. A run that returns an integer ends with that status.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    ask_for_short_warnings()
     try:
         parsed = draccus.parse(command, args=args)
         status = run(parsed)

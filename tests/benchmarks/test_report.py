@@ -14,13 +14,23 @@ MACHINE = {"cpu": "A Processor", "cores": 2, "threads": 1, "torch": "2.0"}
 POLICY = {"expert_parameters": 31_000_000, "parameters_in_each_flow_step": 12_000_000, "expert_layers": 8}
 POLICY |= {"chunk_ms": 1234.5, "chunk_ratio": 0.4, "training_step_ms": 56.7, "training_step_ratio": 0.5}
 POLICIES = dict.fromkeys(("smolvla", "matched", "same_heads", "defaults"), POLICY)
-CODES = {"size": "tiny", "batch": 1, "S": 4, "K": 8, "constrained_ms": 5.0, "floor_ms": 4.0, "generate_ms": 20.0}
-CODES |= {"vocabulary": 600, "generate_torch_ms": 30.0, "generate_torch_over_constrained": 6.0}
+CODES = {"backend": "qwen_chat", "size": "tiny", "vocabulary": 600, "batch": 1, "S": 4, "K": 8, "constrained_ms": 5.0}
+CODES |= {"floor_ms": 4.0, "generate_ms": 20.0, "generate_torch_ms": 30.0, "generate_torch_over_constrained": 6.0}
 LABELLING = {"label_ms": 1.0, "decode_ms": 0.2, "encode_ms": 1.2, "items_ms": 3.0, "label_over_decode": 5.0}
 SAMPLES = {
-    "training_loss": {
-        "tiny": {"batch_size": 8, "vocabulary": 9, "ours_ms": 1, "full_ms": 2, "time_ratio": 2.0, "memory_ratio": 3.0}
-    },
+    "training_loss": [
+        {
+            "backend": "qwen_chat",
+            "size": "tiny",
+            "image": "96x96",
+            "batch_size": 8,
+            "vocabulary": 9,
+            "ours_ms": 1,
+            "full_ms": 2,
+            "time_ratio": 2.0,
+            "memory_ratio": 3.0,
+        }
+    ],
     "decoding": [{**CODES, "constrained_over_floor": 1.25, "generate_over_constrained": 4.0}],
     "outside_model": [
         {
