@@ -16,6 +16,7 @@ from lerobot_hlrp.code_vectors import read_code_vectors
 from lerobot_hlrp.core_settings import build_backend_config
 from lerobot_hlrp.expectation import expect
 from lerobot_hlrp.features import adopt_features
+from lerobot_hlrp.preview import LAQ_FOLDER
 
 if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDatasetMetadata
@@ -144,5 +145,5 @@ def fetch_folder(name: str | Path, **download: Any) -> Path:
         f"{name}, which is no folder",
         "Check the path.",
     )
-    parts = ["config.json", "hlrp.json", WEIGHTS, "backbone/*", "policy_preprocessor*"]
+    parts = ["config.json", "hlrp.json", WEIGHTS, "backbone/*", f"{LAQ_FOLDER}/*", "policy_preprocessor*"]
     return Path(snapshot_download(str(name), allow_patterns=parts, **download))

@@ -30,6 +30,7 @@ from lerobot_hlrp.checkpoint import build_new_backend, fetch_folder, load_saved_
 from lerobot_hlrp.expectation import expect, expect_choice
 from lerobot_hlrp.label_sources import open_label_source
 from lerobot_hlrp.policy_config import HLRPConfig, backbone_name
+from lerobot_hlrp.preview import open_preview, to_video
 
 if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDatasetMetadata
@@ -45,6 +46,7 @@ class HLRPPolicy(PreTrainedPolicy):
         backend: an already loaded one; by default it is built on `config.backbone`.
         dataset_meta: of the dataset to train on. Labels are checked against it, and its statistics are narrowed to
             the episodes that may supervise actions.
+        saved_in: the folder that `backend` was loaded from.
 
     Raises:
         ValueError: the data lack what the mode learns, or the labels do not fit them.
@@ -60,6 +62,7 @@ class HLRPPolicy(PreTrainedPolicy):
         *,
         backend: ComposedBackend | None = None,
         dataset_meta: LeRobotDatasetMetadata | None = None,
+        saved_in: Path | None = None,
         **_: Any,  # LeRobot passes further things, such as `dataset_stats`
     ):
         super().__init__(config)
@@ -79,6 +82,8 @@ class HLRPPolicy(PreTrainedPolicy):
             labels=labels,
             action_episodes=episodes,
         )
+        self.preview = open_preview(config, saved_in)
+        self.last_predicted_latents: Tensor | None = None  # LeRobot collects it after each `select_action`
         self._tensor_names = unique_names(self.backend)  # before anything wraps or shards the modules
         self._no_split_modules = self._layer_classes()
         # what each loss reports, in this order
@@ -137,7 +142,14 @@ class HLRPPolicy(PreTrainedPolicy):
         if not self._queue:
             actions = self.predict_action_chunk(batch, **kwargs)
             self._queue.extend(actions.transpose(0, 1)[: self.config.n_action_steps])  # (steps, B, A)
+        if self.preview is not None:
+            frames = self.reader.read_observation(batch).frames[:, 0]
+            self.last_predicted_latents = self.preview.draw(frames, self.predict_codes(batch))
         return self._queue.popleft()
+
+    def decode_predicted_latents(self, latents: Tensor) -> Tensor:
+        """The `last_predicted_latents` of a rollout `[B, 3, steps, R, T * R]` as video `[steps, R, T * R, 3]` uint8."""
+        return to_video(latents)
 
     def predict_action_chunk(
         self,
@@ -235,6 +247,8 @@ class HLRPPolicy(PreTrainedPolicy):
         """
         self.config._save_pretrained(save_directory)
         save_parts(self.backend, save_directory, extra=self._provenance())
+        if self.preview is not None:
+            self.preview.save(save_directory)
         if state_dict is None:
             tensors = unique_tensors(self.backend)
         else:
@@ -290,7 +304,7 @@ class HLRPPolicy(PreTrainedPolicy):
                 "class of its type, or with LeRobot's make_policy."
             )
         backend = load_saved_backend(folder, loaded, dataset_meta)
-        return cls(loaded, backend=backend, dataset_meta=dataset_meta, **kwargs).eval()
+        return cls(loaded, backend=backend, dataset_meta=dataset_meta, saved_in=folder, **kwargs).eval()
 
 
 def _state_dim(config: HLRPConfig, backend: ComposedBackend) -> int:

@@ -123,8 +123,11 @@ class HLRPConfig(PreTrainedConfig):
     # `mlp`, `flow`, `prefix_flow` or `laq`; by default the policy predicts codes alone.
     action_head: str | None = None
     # Folder or Hub id of the LAQ whose code vectors a new code_head=vector or action_head=laq takes over, where `laq`
-    # does not name it and the code table lacks them.
+    # does not name it and the code table lacks them; and of the LAQ that draws (save_predicted_video).
     laq_weights: str | None = None
+    # lerobot-eval with --eval.batch_size=1: beside each rollout a video of what the policy expects to see, drawn by the
+    # LAQ from the codes that it predicts.
+    save_predicted_video: bool = False
     action_expert: ActionExpertConfig = field(default_factory=ActionExpertConfig)  # type: ignore[valid-type]
     # How codes reach the action head: `tokens`, `soft` or `none`; with code_head=vector: `vector` or `none`. By default
     # `none` for prefix_flow.
@@ -213,9 +216,9 @@ class HLRPConfig(PreTrainedConfig):
             "Leave one of --policy.codes and --policy.laq out.",
         )
         expect(
-            self.laq_weights is None or self.predicts_vectors or self.decodes_code_vectors,
+            self.laq_weights is None or self.predicts_vectors or self.decodes_code_vectors or self.save_predicted_video,
             "laq_weights",
-            "action_head=laq or code_head=vector beside it, which alone read it",
+            "action_head=laq, code_head=vector or save_predicted_video=true beside it, which alone read it",
             f"action_head={self.action_head}, code_head={self.code_head}",
             "Leave --policy.laq_weights out; labels come from --policy.laq.",
         )

@@ -74,6 +74,7 @@ def draw_code_usage(counts: list[list[int]], path: Path) -> Path:
         axis.set_title(f"position {position + 1}", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
+        axis.set_xlabel("code", fontsize=8)
     axes[0, 0].set_ylabel("share (dashed: even use)", fontsize=8)
     return _save(figure, path)
 
@@ -89,6 +90,7 @@ def draw_action_probe(figures: dict[str, Any], path: Path) -> Path:
     bars = axis.bar(list(names), list(names.values()), color=[BLUE, GREY, GREY], width=0.6)
     axis.bar_label(bars, [f"{value:.2f}" for value in names.values()], fontsize=9)
     axis.set_ylabel("R² on held-out episodes", fontsize=9)
+    axis.set_ylim(min(0, *names.values()) * 1.1, max(0.1, *names.values()) * 1.12)  # room for the labels
     axis.grid(axis="y", color=GRID)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)

@@ -83,8 +83,8 @@ PRESETS = {
         episodes=8000,
         frame_gap=3,
         laq_steps=800,
-        codes=Training(steps=2400, batch_size=64, lr=1e-3, warmup=100, save_freq=400),
-        actions=Training(steps=300, batch_size=64, lr=1e-3, warmup=50, save_freq=100, eval_freq=100),
+        codes=Training(steps=2000, batch_size=64, lr=1e-3, warmup=100, save_freq=400),
+        actions=Training(steps=200, batch_size=64, lr=1e-3, warmup=50, save_freq=100, eval_freq=100),
         eval_episodes=50,
     ),
     "full": Preset(

@@ -131,9 +131,9 @@ def _report_text(
     lines = [
         "# From video to a policy: what the demo did",
         "",
-        f"{preset.episodes:,} scripted episodes for each of {', '.join(preset.tiers)}; a latent-action quantiser "
-        "learnt from their frames alone, a vision-language model learnt its codes from one frame and the instruction, "
-        "and a flow-matching expert on top of it learnt actions. "
+        f"The data are {preset.episodes:,} scripted episodes of {f' and {preset.episodes:,} of '.join(preset.tiers)}. A "
+        "latent-action quantiser learnt from their frames alone, a vision-language model learnt its codes from one frame "
+        "and the instruction, and a flow-matching expert on top of it learnt actions. "
         f"All steps together took {results['wall_s'] / 60:.1f} minutes.",
         "",
         "## Success on scenes never recorded",
