@@ -124,6 +124,7 @@ def _report_text(
     pipeline: Pipeline, steps: list[Step], results: dict[str, Any], pictures: dict[str, Path], video: Path | None
 ) -> str:
     preset, laq, codes, evaluated = pipeline.preset, results["laq"], results["stage2"], results["eval"]
+    recorded = " and ".join(f"{preset.episodes:,} scripted episodes of {tier}" for tier in preset.tiers)
 
     def picture(name: str, text: str) -> list[str]:
         return [f"![{text}]({pictures[name].relative_to(pipeline.folder)})", ""] if name in pictures else []
@@ -131,9 +132,8 @@ def _report_text(
     lines = [
         "# From video to a policy: what the demo did",
         "",
-        f"The data are {preset.episodes:,} scripted episodes of {f' and {preset.episodes:,} of '.join(preset.tiers)}. A "
-        "latent-action quantiser learnt from their frames alone, a vision-language model learnt its codes from one frame "
-        "and the instruction, and a flow-matching expert on top of it learnt actions. "
+        f"The data are {recorded}. A latent-action quantiser learnt from their frames alone, a vision-language model "
+        "learnt its codes from one frame and the instruction, and a flow-matching expert on top of it learnt actions. "
         f"All steps together took {results['wall_s'] / 60:.1f} minutes.",
         "",
         "## Success on scenes never recorded",
