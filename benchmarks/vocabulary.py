@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from measuring import describe_machine, extra_peak_bytes, interleaved_ms, print_table, write_result
-from training_loss import INSTRUCTIONS, PROCESSOR, build, our_loss
+from training_loss import ASSETS, INSTRUCTIONS, build, our_loss
 
 from hlrp_core import FoundationBatch
 from hlrp_core.backends.composed import ComposedBackend
@@ -53,7 +53,8 @@ def measure(size: str, args: argparse.Namespace) -> dict:
         instructions=[INSTRUCTIONS[i % len(INSTRUCTIONS)] for i in range(B)],
         target_codes=torch.randint(0, K, (B, S), generator=rng),
     )
-    backends = {name: build(size, args.processor, code_seq_len=S, codebook_size=K) for name in ("all", "code_rows")}
+    sizes = {"code_seq_len": S, "codebook_size": K}
+    backends = {name: build("qwen_chat", size, args.processors, **sizes) for name in ("all", "code_rows")}
     rows = backends["code_rows"]
     rows.core.train_code_rows(rows.code_head.vocabulary.ids)
     steps = {name: Step(backend, batch) for name, backend in backends.items()}
@@ -80,10 +81,10 @@ def main() -> None:
     parser.add_argument("--image", type=int, nargs=2, default=(96, 96), help="height and width of the frames")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
-        "--processor",
+        "--processors",
         type=Path,
-        default=PROCESSOR if PROCESSOR.is_dir() else None,
-        help="folder of a published processor; by default ../shared/assets/qwen3_vl if it is there, else a small one",
+        default=ASSETS,
+        help="folder with the published processors, as in training_loss.py",
     )
     parser.add_argument("--output", type=Path, default=None, help="JSON file")
     args = parser.parse_args()

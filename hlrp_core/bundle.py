@@ -207,12 +207,15 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def build_saved_backend(folder: str | Path, *, config: BackendConfig | None = None) -> ComposedBackend:
+def build_saved_backend(
+    folder: str | Path, *, config: BackendConfig | None = None, dtype: str | None = None
+) -> ComposedBackend:
     """The saved backend's structure from its folder alone; its weights are still to be loaded.
 
     Args:
         config: other settings than the saved ones, such as another decoding or a new action head. The parts that the
             weights fix (codes, tokens) must be the saved ones.
+        dtype: of the backbone's weights, such as `bfloat16`; by default as saved.
 
     Raises:
         BundleError: a part is missing or altered, or the tokenizer's code ids are not those of the weights.
@@ -232,7 +235,7 @@ def build_saved_backend(folder: str | Path, *, config: BackendConfig | None = No
         family=get_recipe(config.name).family,
         image_size=config.image_size,
         image_splitting=config.image_splitting,
-        dtype=manifest["dtype"],
+        dtype=dtype or manifest["dtype"],
     )
     rows = core.lm_head.out_features
     if rows != manifest["vocabulary_rows"]:
@@ -283,7 +286,10 @@ def load_tensors(module: nn.Module, path: str | Path, *, new_parts: tuple[str, .
     try:
         file = safe_open(path, framework="pt")
     except Exception as error:  # safetensors raises its own type for a truncated file
-        raise BundleError(f"{path}: expected a safetensors file, got an unreadable one ({error}).") from error
+        raise BundleError(
+            f"{path}: expected a safetensors file, got an unreadable one ({error}). "
+            "Next step: copy or download the folder anew."
+        ) from error
     with file as saved, torch.no_grad():
         names = set(saved.keys())
         unknown = sorted(names - own.keys())

@@ -10,6 +10,7 @@ True means.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -18,6 +19,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from hlrp_core.expectation import expect, expect_choice
+
 
 class BackendMode(StrEnum):
     """Which labels supervise a step, or which prediction is asked for."""
@@ -25,6 +28,13 @@ class BackendMode(StrEnum):
     CODES = "codes"
     ACTIONS = "actions"
     MULTITASK = "multitask"
+
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        """Raises:
+        ValueError: always; the closest mode is offered.
+        """
+        expect_choice("mode", value, [mode.value for mode in cls])
 
 
 # The one place where a mode becomes losses; nothing below it knows of modes.
@@ -47,26 +57,47 @@ class UnsupportedModeError(ValueError):
         )
 
 
-def _expect(condition: bool, what: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{what}: expected {expected}, got {got}")
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _describe(value: object) -> str:
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    return f"{type(value).__name__} ({value!r})"
+        return f"{_name(value.dtype)} tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} ({reprlib.repr(value)})"
 
 
-def _expect_tensor(value: object, what: str, expected: str, dtypes: tuple[torch.dtype, ...], shape: tuple) -> None:
-    """Check dtype and shape; None in `shape` leaves an axis free."""
-    ok = isinstance(value, Tensor) and value.dtype in dtypes and value.ndim == len(shape)
-    ok = ok and all(want is None or want == have for want, have in zip(shape, value.shape, strict=True))  # type: ignore[union-attr]
-    _expect(ok, what, expected, _describe(value))
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _expect_float(value: object, what: str, expected: str, shape: tuple) -> None:
-    _expect_tensor(value, what, expected, (torch.float32, torch.float64, torch.bfloat16, torch.float16), shape)
+def _expect_tensor(
+    value: object, what: str, expected: str, dtypes: tuple[torch.dtype, ...], shape: tuple, hint: str
+) -> None:
+    """Check dtype and shape; None in `shape` leaves an axis free.
+
+    Args:
+        hint: the next step where the kind of tensor is right and its shape is not.
+    """
+    fits = False
+    if not isinstance(value, Tensor):
+        hint = "pass a torch tensor, such as torch.as_tensor(...)."
+    elif value.dtype not in dtypes:
+        hint = f"convert it by .to(torch.{_name(dtypes[0])})."
+        if dtypes == (torch.uint8,):
+            hint = "convert it to uint8 in [0, 255]; floats in [0, 1] by (255 * x).round().to(torch.uint8)."
+    else:
+        fits = value.ndim == len(shape)
+        fits = fits and all(want is None or want == have for want, have in zip(shape, value.shape, strict=True))
+    expect(fits, what, expected, _describe(value), hint)
+
+
+def _images_hint(value: object, batch_axes: str) -> str:
+    """The next step for images `[..., H, W, 3]` of another shape."""
+    if isinstance(value, Tensor) and value.ndim >= 3 and value.shape[-3] == 3 and value.shape[-1] != 3:
+        return "put the channels last: x.movedim(-3, -1)."
+    return f"bring it into the shape [{batch_axes}, H, W, 3]: RGB, channels last" + (
+        "; a single frame gets its axis of time by x[:, None]." if batch_axes == "B, T" else "."
+    )
 
 
 @dataclass(frozen=True)
@@ -93,22 +124,32 @@ class FoundationBatch:
     meta: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        _expect_tensor(self.frames, "frames", "uint8 tensor [B, T, H, W, 3]", (torch.uint8,), (None,) * 4 + (3,))
-        _expect(min(self.frames.shape) >= 1, "frames", "no empty axis", _describe(self.frames))
+        frames_hint = _images_hint(self.frames, "B, T")
+        _expect_tensor(
+            self.frames, "frames", "uint8 tensor [B, T, H, W, 3]", (torch.uint8,), (None,) * 4 + (3,), frames_hint
+        )
+        is_empty = min(self.frames.shape) < 1
+        expect(not is_empty, "frames", "no empty axis", _describe(self.frames), "pass one sample and frame or more.")
         size = self.frames.shape[0]
-        _expect(
+        expect(
             not isinstance(self.instructions, str) and len(self.instructions) == size,
             "instructions",
             f"a list of {size} strings, one for each sample",
             repr(self.instructions) if isinstance(self.instructions, str) else f"{len(self.instructions)} of them",
+            "pass one for each sample; one without words gets the instruction ''.",
         )
         for text in self.instructions:
-            _expect(isinstance(text, str), "instructions", "strings", _describe(text))
+            is_text = isinstance(text, str)
+            expect(is_text, "instructions", "strings", _describe(text), "convert it; no instruction is ''.")
         if self.target_codes is not None:
-            _expect_tensor(self.target_codes, "target_codes", f"long tensor [{size}, S]", (torch.long,), (size, None))
+            hint = f"pass S codes for each of the {size} samples, one row a sample."
+            expected = f"long tensor [{size}, S]"
+            _expect_tensor(self.target_codes, "target_codes", expected, (torch.long,), (size, None), hint)
         if self.codes_valid is not None:
-            _expect(self.target_codes is not None, "codes_valid", "target_codes beside it", "target_codes=None")
-            _expect_tensor(self.codes_valid, "codes_valid", f"bool tensor [{size}]", (torch.bool,), (size,))
+            hint = "leave codes_valid out, or pass the codes."
+            expect(self.target_codes is not None, "codes_valid", "target_codes beside it", "target_codes=None", hint)
+            hint = "pass one bool for each sample."
+            _expect_tensor(self.codes_valid, "codes_valid", f"bool tensor [{size}]", (torch.bool,), (size,), hint)
 
     @property
     def batch_size(self) -> int:
@@ -145,19 +186,24 @@ class ActionBatch(FoundationBatch):
         super().__post_init__()
         size = self.batch_size
         if self.state is not None:
-            _expect_float(self.state, "state", f"float tensor [{size}, D]", (size, None))
+            hint = "pass the state at time t alone, one row a sample."
+            _expect_tensor(self.state, "state", f"float tensor [{size}, D]", _FLOATS, (size, None), hint)
         if self.actions is not None:
-            _expect_float(self.actions, "actions", f"float tensor [{size}, C, A]", (size, None, None))
+            hint = "pass a chunk of C actions for each sample; a single action is a chunk of 1, x[:, None]."
+            expected = f"float tensor [{size}, C, A]"
+            _expect_tensor(self.actions, "actions", expected, _FLOATS, (size, None, None), hint)
         if self.action_is_pad is not None:
-            _expect(self.actions is not None, "action_is_pad", "actions beside it", "actions=None")
+            hint = "leave action_is_pad out, or pass the actions."
+            expect(self.actions is not None, "action_is_pad", "actions beside it", "actions=None", hint)
             chunk = self.actions.shape[1]  # type: ignore[union-attr]
-            expected = f"bool tensor [{size}, {chunk}]"
-            _expect_tensor(self.action_is_pad, "action_is_pad", expected, (torch.bool,), (size, chunk))
+            expected, hint = f"bool tensor [{size}, {chunk}]", "pass one bool for each action of each chunk."
+            _expect_tensor(self.action_is_pad, "action_is_pad", expected, (torch.bool,), (size, chunk), hint)
         if self.action_valid is not None:
-            _expect_tensor(self.action_valid, "action_valid", f"bool tensor [{size}]", (torch.bool,), (size,))
+            hint = "pass one bool for each sample."
+            _expect_tensor(self.action_valid, "action_valid", f"bool tensor [{size}]", (torch.bool,), (size,), hint)
         for name, view in self.views.items():
-            expected = f"uint8 tensor [{size}, H, W, 3]"
-            _expect_tensor(view, f"view '{name}'", expected, (torch.uint8,), (size, None, None, 3))
+            expected, shape = f"uint8 tensor [{size}, H, W, 3]", (size, None, None, 3)
+            _expect_tensor(view, f"view '{name}'", expected, (torch.uint8,), shape, _images_hint(view, f"{size}"))
 
     def actions_mask(self) -> Tensor:
         """`[B]` bool on the frames' device: True where a sample has an action label."""
@@ -193,9 +239,11 @@ class SamplingOptions:
     guidance: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
-        _expect(self.temperature >= 0, "temperature", "0 (greedy) or more", self.temperature)
+        is_known = self.temperature >= 0
+        expect(is_known, "temperature", "0 (greedy) or more", self.temperature, "use 0 for the most likely codes.")
         steps = self.num_flow_steps
-        _expect(steps is None or steps >= 1, "num_flow_steps", "1 or more, or None", steps)
+        is_known = steps is None or steps >= 1
+        expect(is_known, "num_flow_steps", "1 or more, or None", steps, "leave it out for the head's own number.")
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ is tested by being registered.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from difflib import get_close_matches
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hlrp_core.backends.config import BackendConfig
+from hlrp_core.expectation import expect_choice
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,13 +30,11 @@ class BackendRecipe:
         compose: builds the backend on a loaded core. With `is_new` the core's vocabulary has yet to get the codes'
             rows; without, its weights come from a saved backend.
         predicts_vectors: it predicts a LAQ's code vectors, which `make_backend` must be given.
-        tiny_size: `hlrp_core.backbones.random_checkpoint` size on which the contract tests build it.
     """
 
     family: str
     compose: Callable[[BackendConfig, ModelCore, bool], ComposedBackend]
     predicts_vectors: bool = False
-    tiny_size: str = "tiny"
 
 
 _RECIPES: dict[str, BackendRecipe] = {}
@@ -97,10 +95,7 @@ def get_recipe(name: str) -> BackendRecipe:
     """Raises:
     ValueError: no such backend; the closest name is offered.
     """
-    if name not in _RECIPES:
-        close = get_close_matches(name, _RECIPES, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise ValueError(f"backend: expected one of {', '.join(available_backends())}, got {name!r}.{hint}")
+    expect_choice("backend", name, available_backends())
     return _RECIPES[name]
 
 
@@ -127,9 +122,11 @@ def make_backend(
         settings: further fields of `BackendConfig`, such as `prompt=PromptConfig(...)` or `action_head=...`.
 
     Raises:
-        ValueError: unknown name, a backbone of another family, or settings that do not fit each other.
+        ValueError: unknown name or setting, a backbone of another family, or settings that do not fit each other.
     """
     recipe = get_recipe(name)
+    for setting in settings:
+        expect_choice("setting", setting, [*(f.name for f in fields(BackendConfig)), "dtype", "code_vectors"])
     if recipe.predicts_vectors and code_vectors is not None:
         settings = {"code_vector_dim": code_vectors.shape[-1], **settings}
     if not recipe.predicts_vectors and settings.get("code_vector_dim") is not None:

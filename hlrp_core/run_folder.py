@@ -17,6 +17,7 @@ import random
 import shutil
 import signal
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,9 +53,18 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 def write_json(path: Path, data: Any) -> None:
     """Write under a temporary name, then rename."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    scratch.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    _replace_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def _replace_text(path: Path, text: str) -> None:
+    # Processes of one run may write the same file at once, and on several machines their numbers may be equal.
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
+
+
+def _is_scratch_of(path: Path, name: str) -> bool:
+    return path.name.startswith(f".{name}.") and path.name.endswith(".tmp")
 
 
 def read_json(path: Path) -> Any:
@@ -62,7 +72,7 @@ def read_json(path: Path) -> Any:
 
 
 class RunFolder:
-    """A new run, or the continuation of one with the same settings.
+    """A new run, or the continuation of one with the same settings. The processes of one run may all build it, at once.
 
     Args:
         folder: of the run.
@@ -82,6 +92,9 @@ class RunFolder:
 
     def _check(self, settings: dict[str, Any]) -> None:
         path = self.folder / SETTINGS
+        # Looked at before the settings are: another process of this run may be writing them right now, and nothing
+        # else appears in the folder before they are there.
+        is_taken = self._is_taken()
         if path.is_file():
             before, now = read_json(path), json.loads(json.dumps(settings))
             differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
@@ -92,11 +105,17 @@ class RunFolder:
                     f"{', '.join(f'{name}={now.get(name)!r}' for name in differing)}. Next step: repeat the command "
                     "with the old settings to continue that run, or name another folder."
                 )
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        elif is_taken:
             raise ValueError(
                 f"{self.folder}: expected a new or empty folder, or one with an earlier run, got something else. "
                 "Next step: name another folder."
             )
+
+    def _is_taken(self) -> bool:
+        """Whether anything is there but settings that are being written, or that a killed process was writing."""
+        if not self.folder.exists():  # first: another process may make it at any moment
+            return False
+        return not self.folder.is_dir() or any(not _is_scratch_of(path, SETTINGS) for path in self.folder.iterdir())
 
     @property
     def last(self) -> Path:
@@ -145,9 +164,7 @@ class RunFolder:
                 continue
             if record.get("step", 0) <= step:
                 kept.append(line + "\n")
-        scratch = path.with_name(f".{path.name}.tmp")
-        scratch.write_text("".join(kept), encoding="utf-8")
-        scratch.replace(path)
+        _replace_text(path, "".join(kept))
 
 
 # -- state of a training run as safetensors and JSON: no pickle --------------------------------------------------------

@@ -64,11 +64,15 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
         require_choice("render_mode", render_mode or "rgb_array", ("rgb_array",))
         if not MIN_OBJECTS <= num_objects <= MAX_OBJECTS[tier]:
             limits = f"{MIN_OBJECTS} to {MAX_OBJECTS[tier]}"
-            raise ValueError(f"num_objects: expected {limits} for tier {tier!r}, got {num_objects}.")
+            raise ValueError(
+                f"num_objects: expected {limits} for tier {tier!r}, got {num_objects}. Next step: Use {MIN_OBJECTS}."
+            )
         if image_size < 16:
-            raise ValueError(f"image_size: expected at least 16 pixels, got {image_size}.")
+            raise ValueError(f"image_size: expected at least 16 pixels, got {image_size}. Next step: Use 96.")
         if episode_length is not None and episode_length < 1:
-            raise ValueError(f"episode_length: expected at least 1 step, got {episode_length}.")
+            raise ValueError(
+                f"episode_length: expected at least 1 step, got {episode_length}. Next step: Leave it out."
+            )
         self.tier = tier
         self.instructions = instructions
         self.phrasing = phrasing

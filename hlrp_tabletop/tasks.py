@@ -5,6 +5,7 @@ object (and one place). The shape's name is said as well, as a person would.
 """
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 TIERS = ("reach", "push")
 INSTRUCTION_MODES = ("true", "shuffled", "none")
@@ -56,4 +57,8 @@ def instruction_text(tier: str, object_name: str, place_name: str | None, templa
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}.")
+        close = get_close_matches(str(value), choices, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"{name}: expected one of {', '.join(choices)}, got {value!r}. Next step: Choose one of these.{hint}"
+        )

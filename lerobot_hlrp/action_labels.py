@@ -7,6 +7,7 @@ labels the scale of labels it must not see, so they are replaced before the proc
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,10 @@ import numpy as np
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.datasets.compute_stats import aggregate_feature_stats
 from lerobot.utils.constants import ACTION, OBS_STATE
+from torch import Tensor
 
+from hlrp_core.expectation import expect
 from lerobot_hlrp.episode_statistics import read_episode_statistics
-from lerobot_hlrp.expectation import expect
 
 if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDatasetMetadata
@@ -54,6 +56,42 @@ def choose_action_episodes(config: HLRPConfig, num_episodes: int) -> list[int] |
             "episodes of this dataset, or leave --policy.action_episodes out."
         )
     return chosen
+
+
+class SupervisionWatch:
+    """Notices a training that sees none of the chosen episodes, as with `--dataset.episodes` or `eval_split`.
+
+    Args:
+        episodes: that may supervise actions.
+        lengths: of all episodes of the dataset, in frames.
+    """
+
+    def __init__(self, episodes: Sequence[int], lengths: Sequence[int]):
+        self.episodes = list(episodes)
+        share = sum(lengths[episode] for episode in episodes) / sum(lengths)
+        self._patience = math.ceil(20 / share)  # so many samples miss all of them by chance once in e^20 trainings
+        self._num_samples = 0
+        self._is_over = False
+
+    def see(self, may_supervise: Tensor) -> None:
+        """Args:
+            may_supervise: `[B]` bool, of a batch in training.
+
+        Raises:
+            ValueError: none of so many samples was of the chosen episodes that they cannot be among the data.
+        """
+        if self._is_over:
+            return
+        self._is_over = bool(may_supervise.any())
+        self._num_samples += len(may_supervise)
+        expect(
+            self._is_over or self._num_samples < self._patience,
+            "action_episodes",
+            f"samples of the episodes that may supervise actions ({self.episodes})",
+            f"none among the first {self._num_samples}",
+            "Choose episodes that the training sees: those of --dataset.episodes, and not the last ones, which "
+            "--dataset.eval_split holds out.",
+        )
 
 
 def restrict_statistics(meta: LeRobotDatasetMetadata, episodes: Sequence[int]) -> None:

@@ -54,6 +54,7 @@ class BatchReader:
         self.state_dim = state_dim
         self.labels = labels
         self.action_episodes = None if action_episodes is None else torch.tensor(action_episodes)
+        self._action_dim = None if config.action_feature is None else config.action_feature.shape[0]
 
     def read_observation(self, batch: Batch) -> ActionBatch:
         """What a prediction is made from.
@@ -64,8 +65,11 @@ class BatchReader:
         frames = self._read_frames(batch)
         return self._build(batch, frames, state=self._read_state(batch, None))
 
-    def read_training(self, batch: Batch) -> ActionBatch:
+    def read_training(self, batch: Batch, *, is_held_out: bool = False) -> ActionBatch:
         """Observation and labels to learn from. Frames after t go to the teacher and no further.
+
+        Args:
+            is_held_out: the labels only measure, so that every episode that has actions counts.
 
         Raises:
             ValueError: the batch lacks something, or holds it in another form.
@@ -76,9 +80,9 @@ class BatchReader:
         if self.config.needs_code_labels:
             labels["target_codes"], labels["codes_valid"] = self._read_codes(batch, frames)
         if self.config.learns_actions:
-            valid = self._read_action_valid(batch)
+            valid = self._read_action_valid(batch, is_held_out)
             labels["actions"], labels["action_is_pad"] = read_actions(
-                batch, chunk_size=self.config.chunk_size, action_valid=valid
+                batch, chunk_size=self.config.chunk_size, action_dim=self._action_dim, action_valid=valid
             )
             labels["action_valid"] = valid
         if self.config.reads_state:
@@ -98,24 +102,30 @@ class BatchReader:
 
     def _read_codes(self, batch: Batch, frames: Tensor) -> tuple[Tensor, Tensor]:
         if self.labels is None:
-            raise ValueError(
-                f"labels for mode={self.config.mode}: expected a source of codes, got none. Next step: set "
-                "--policy.codes to a code table of the dataset, or --policy.laq to a LAQ."
-            )
+            raise missing_labels(self.config)
         return self.labels.label(batch, frames)
 
-    def _read_action_valid(self, batch: Batch) -> Tensor | None:
+    def _read_action_valid(self, batch: Batch, is_held_out: bool) -> Tensor | None:
         if self.action_episodes is None:
             return None
+        if is_held_out and batch.get(ACTION) is not None:
+            return batch[ACTION].isfinite().flatten(1).all(1)
         episodes = batch["episode_index"].flatten()
         return torch.isin(episodes, self.action_episodes.to(episodes.device))
 
     def _read_state(self, batch: Batch, action_valid: Tensor | None) -> Tensor | None:
         if self.state_dim == 0:
             return None
-        state = select_rows(read_state(batch, self.state_dim), action_valid)
+        state = select_rows(read_state(batch, self.state_dim, size=len(batch[self.config.camera])), action_valid)
         check_finite(state.isfinite(), OBS_STATE, batch)
         return state
+
+
+def missing_labels(config: HLRPConfig) -> ValueError:
+    return ValueError(
+        f"labels for mode={config.mode}: expected a source of codes, got none. Next step: set --policy.codes to a code "
+        "table of the dataset, or --policy.laq to a LAQ."
+    )
 
 
 def to_frames(images: Tensor) -> Tensor:
@@ -183,13 +193,19 @@ def read_instructions(batch: Batch, size: int) -> list[str]:
     return list(task)
 
 
-def read_state(batch: Batch, state_dim: int) -> Tensor:
+def read_state(batch: Batch, state_dim: int, *, size: int) -> Tensor:
     """The state at time t, `[B, D]`.
+
+    Args:
+        state_dim: D.
+        size: B.
 
     Raises:
         ValueError: no state, or one of another width.
     """
     state = batch.get(OBS_STATE)
+    if state is not None and state_dim == 1 and state.ndim < 3:
+        state = _as_vectors(state, size)
     if state is None or state.shape[-1] != state_dim:
         raise ValueError(
             f"{OBS_STATE}: expected [B, {state_dim}], got {None if state is None else list(state.shape)}. Next step: "
@@ -198,7 +214,24 @@ def read_state(batch: Batch, state_dim: int) -> Tensor:
     return state[:, 0] if state.ndim == 3 else state
 
 
-def read_actions(batch: Batch, *, chunk_size: int, action_valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _as_vectors(state: Tensor, size: int) -> Tensor:
+    """LeRobot stores a vector of one number as the number, and takes a batch `[B]` of them for one vector, `[1, B]`.
+
+    Args:
+        state: `[B]`, `[1, B]`, `[B, 1]` or, with T frames in time, `[B, T]`.
+        size: B.
+
+    Returns:
+        `[B, 1]`, at time t.
+    """
+    if state.ndim == 2 and state.shape[0] == size:
+        return state[:, :1]
+    return state.reshape(-1, 1)
+
+
+def read_actions(
+    batch: Batch, *, chunk_size: int, action_dim: int | None, action_valid: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Action labels `[B, C, A]` and their padding `[B, C]`.
 
     Raises:
@@ -210,6 +243,8 @@ def read_actions(batch: Batch, *, chunk_size: int, action_valid: Tensor | None) 
             "action: expected labels [B, C, A], got none. Next step: use a dataset with actions, or "
             "--policy.mode=codes."
         )
+    if actions.ndim == 2 and action_dim == 1:
+        actions = actions.unsqueeze(-1)  # as in `read_state`
     if actions.ndim != 3 or actions.shape[1] != chunk_size:
         raise ValueError(
             f"action: expected chunks [B, {chunk_size}, A], got {list(actions.shape)}. Next step: build the dataset "

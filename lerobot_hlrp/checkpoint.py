@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import snapshot_download
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from hlrp_core.backends.composed import ComposedBackend
 from hlrp_core.bundle import WEIGHTS, build_saved_backend, config_from_dict, load_tensors, read_manifest
+from hlrp_core.expectation import expect
 from hlrp_core.heads import hand_over_code_vectors
 from hlrp_core.registry import make_backend
 from lerobot_hlrp.code_vectors import read_code_vectors
 from lerobot_hlrp.core_settings import build_backend_config
-from lerobot_hlrp.expectation import expect
 from lerobot_hlrp.features import adopt_features
+from lerobot_hlrp.hub_folder import fetch
 from lerobot_hlrp.preview import LAQ_FOLDER
 
 if TYPE_CHECKING:
@@ -77,9 +77,13 @@ def load_saved_backend(
     is_new_head = saved.action_head is None
     if dataset_meta is not None:
         adopt_features(config, dataset_to_policy_features(dataset_meta.features), with_state=is_new_head)
-    vectors = read_code_vectors(config, has_new_code_head=False) if is_new_head else None
+    vectors = None
+    if is_new_head:
+        config.codebook_size = config.codebook_size or saved.codebook_size
+        config.code_seq_len = config.code_seq_len or saved.code_seq_len
+        vectors = read_code_vectors(config, has_new_code_head=False)
     settings = build_backend_config(config, saved, code_vector_dim=_width(vectors))
-    backend = build_saved_backend(folder, config=settings)
+    backend = build_saved_backend(folder, config=settings, dtype=config.backbone_dtype)
     if is_new_head:  # a code head that predicts vectors has its own among the weights
         hand_over_code_vectors(backend.action_head, vectors)
     config.codebook_size, config.code_seq_len = saved.codebook_size, saved.code_seq_len
@@ -134,16 +138,13 @@ def fetch_folder(name: str | Path, **download: Any) -> Path:
         download: arguments of `huggingface_hub.snapshot_download`, such as `revision`.
 
     Raises:
-        ValueError: no such folder, and no name of the Hub either.
+        ValueError: no such folder, and none that the Hub gives us.
     """
-    if Path(name).is_dir():
-        return Path(name)
-    expect(
-        not Path(name).is_absolute() and len(Path(name).parts) == 2,
+    return fetch(
+        name,
         "policy",
-        "the folder `pretrained_model` of a checkpoint, or user/repository on the Hub",
-        f"{name}, which is no folder",
-        "Check the path.",
+        expected="the folder `pretrained_model` of a checkpoint, or user/repository on the Hub",
+        next_step="Check the path.",
+        parts=["config.json", "hlrp.json", WEIGHTS, "backbone/*", f"{LAQ_FOLDER}/*", "policy_preprocessor*"],
+        **download,
     )
-    parts = ["config.json", "hlrp.json", WEIGHTS, "backbone/*", f"{LAQ_FOLDER}/*", "policy_preprocessor*"]
-    return Path(snapshot_download(str(name), allow_patterns=parts, **download))

@@ -6,9 +6,13 @@ They are read once, when the head is new, and saved with it.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
-from lerobot_hlrp.expectation import expect
+import torch
+
+from hlrp_core.expectation import expect
+from lerobot_hlrp.hub_folder import fetch_laq
 from lerobot_hlrp.label_sources import OnlineLabels, adopt_facts
 
 if TYPE_CHECKING:
@@ -34,9 +38,20 @@ def read_code_vectors(config: HLRPConfig, *, has_new_code_head: bool) -> Tensor 
         wanted = f"action_head={config.action_head}"
     else:
         return None
+    vectors = _read(config, wanted)
+    config.code_vector_dim = vectors.shape[-1]
+    return vectors
+
+
+def _read(config: HLRPConfig, wanted: str) -> Tensor:
     name = config.laq_weights or config.laq
     if name is None and config.codes is not None:
         return _read_from_table(config.codes, wanted)
+    if name is None and config.use_peft and config.code_vector_dim is not None:
+        # The head is new to the checkpoint that an adapter was trained on, and the adapter's own weights follow.
+        assert config.codebook_size is not None
+        assert config.code_seq_len is not None
+        return torch.full((config.code_seq_len, config.codebook_size, config.code_vector_dim), math.nan)
     expect(
         name is not None,
         f"LAQ for {wanted}",
@@ -47,7 +62,8 @@ def read_code_vectors(config: HLRPConfig, *, has_new_code_head: bool) -> Tensor 
     assert name is not None
     from hlrp_core.laq.quantizer import LatentActionQuantizer
 
-    laq = LatentActionQuantizer.from_pretrained(name)
+    folder = fetch_laq(name, setting="laq_weights" if config.laq_weights else "laq")
+    laq = LatentActionQuantizer.from_pretrained(folder)
     source = OnlineLabels(laq, name, config.camera or "", frame_gap=config.frame_gap)
     adopt_facts(config, source, without=["frame_gap"])  # which is the labels' affair, in seconds
     return source.laq.code_vector_table()

@@ -6,8 +6,8 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from hlrp_core.backends.config import BackendConfig
+from hlrp_core.expectation import expect
 from hlrp_core.heads import ActionHeadConfig
-from lerobot_hlrp.expectation import expect
 from lerobot_hlrp.policy_config import ActionExpertConfig
 
 if TYPE_CHECKING:

@@ -12,6 +12,8 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 
+from hlrp_core.expectation import expect_choice
+
 if TYPE_CHECKING:
     from hlrp_tabletop import TabletopEnv
 
@@ -50,11 +52,14 @@ class TabletopEnvConfig(EnvConfig):
     )
 
     def __post_init__(self) -> None:
+        from hlrp_tabletop import TIERS
+
         # The command line reads `true` as a boolean and hands the field its name, "True"; `null` arrives as None.
         self.instructions = str(self.instructions).lower()
         shape = (self.image_size, self.image_size, 3)
         self.features["pixels"] = PolicyFeature(type=FeatureType.VISUAL, shape=shape)
         for tier in self.tiers:
+            expect_choice("--env.task", tier, TIERS)
             self.make_single(tier)  # the environment itself checks the settings
 
     @property

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.utils.constants import OBS_STATE
 
+from hlrp_core.expectation import expect
 from hlrp_core.heads import ACTION_HEADS
-from lerobot_hlrp.expectation import expect
 
 if TYPE_CHECKING:
     from lerobot_hlrp.policy_config import HLRPConfig
@@ -33,7 +34,8 @@ def settle_features(config: HLRPConfig) -> None:
         "Use a dataset or environment with images.",
     )
     config.camera = find_camera(config.camera, cameras)
-    config.extra_cameras = [find_camera(name, cameras) for name in config.extra_cameras]
+    extra = "--policy.extra_cameras=[{}]"
+    config.extra_cameras = [find_camera(name, cameras, flag=extra) for name in config.extra_cameras]
     used = config.cameras
     expect(
         len(set(used)) == len(used), "cameras", "each once", ", ".join(used), "Leave it out of --policy.extra_cameras."
@@ -78,8 +80,11 @@ def _check_action_features(config: HLRPConfig) -> None:
     )
 
 
-def find_camera(name: str | None, cameras: Sequence[str]) -> str:
+def find_camera(name: str | None, cameras: Sequence[str], *, flag: str = "--policy.camera={}") -> str:
     """The feature key of a camera that is given by its key, by its last part, or not at all.
+
+    Args:
+        flag: how the user says it, with `{}` for the name.
 
     Raises:
         ValueError: no such camera, or none given where there are several; all are listed.
@@ -90,22 +95,26 @@ def find_camera(name: str | None, cameras: Sequence[str]) -> str:
             "camera",
             f"the name of one, as there are several: {', '.join(cameras)}",
             None,
-            f"Set --policy.camera, for example to {cameras[0]}.",
+            f"Set {flag.split('=')[0]}, for example to {cameras[0]}.",
         )
         return cameras[0]
     found = _matching(name, cameras)
-    expect(
-        len(found) == 1,
-        "camera",
-        f"one of {', '.join(cameras)}",
-        repr(name),
-        "Choose one of these, or rename the dataset's with --rename_map.",
-    )
+    if len(found) != 1:
+        names = {short: key for key in cameras for short in _names(key)}
+        close = found or get_close_matches(name, names, n=1, cutoff=0.0)
+        renaming = " Or rename the dataset's with --rename_map." if flag.startswith("--policy.") else ""
+        next_step = f"Did you mean {flag.format(close[0])}?{renaming}"
+        expect(False, "camera", f"one of {', '.join(cameras)}", name, next_step)
     return found[0]
 
 
 def _matching(name: str, cameras: Sequence[str]) -> list[str]:
-    return [key for key in cameras if name in (key, key.rsplit(".", 1)[-1], key.removeprefix("observation."))]
+    return [key for key in cameras if name in _names(key)]
+
+
+def _names(key: str) -> tuple[str, ...]:
+    """What a user may call a camera."""
+    return key, key.removeprefix("observation."), key.removeprefix("observation.images."), key.rsplit(".", 1)[-1]
 
 
 def adopt_features(config: HLRPConfig, features: Mapping[str, PolicyFeature], *, with_state: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lerobot_hlrp.expectation import expect
+from hlrp_core.expectation import expect
 
 
 def frames_apart(seconds: float, fps: float, dataset: str) -> int:

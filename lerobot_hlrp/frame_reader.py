@@ -12,7 +12,6 @@ import io
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -21,30 +20,24 @@ from lerobot.utils.constants import ACTION
 from lerobot.utils.import_utils import get_safe_default_video_backend
 from PIL import Image
 
+from hlrp_core.expectation import expect
 from hlrp_core.laq.quantizer import resize_images
 from lerobot_hlrp.batch import to_frames
-from lerobot_hlrp.expectation import expect
+from lerobot_hlrp.features import find_camera
 
 if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 
 
 def choose_camera(meta: LeRobotDatasetMetadata, camera: str | None) -> str:
-    """The named camera's key, or the only one's.
+    """The named camera's key, or the only one's, by the rule of the policies (`features.find_camera`).
 
     Raises:
         ValueError: no camera, several without a choice, or none of that name; the cameras there are named.
     """
     cameras = list(meta.camera_keys)
-    listed = ", ".join(cameras) or "none"
     expect(bool(cameras), "camera", "a dataset with images or video", f"one without ({meta.repo_id})", "Use another.")
-    if camera is None:
-        expect(len(cameras) == 1, "camera", "a choice among several cameras", listed, f"Set --camera={cameras[0]}.")
-        return cameras[0]
-    by_name = {name: key for key in cameras for name in (key, key.removeprefix("observation.images."))}
-    close = get_close_matches(camera, by_name, n=1, cutoff=0.0)
-    expect(camera in by_name, "camera", f"one of {listed}", camera, f"Did you mean --camera={close[0]}?")
-    return by_name[camera]
+    return find_camera(camera, cameras, flag="--camera={}")
 
 
 class Piece(NamedTuple):
@@ -159,21 +152,9 @@ def resize_frames(frames: np.ndarray, size: int) -> np.ndarray:
 
 
 def read_actions(dataset: LeRobotDataset) -> np.ndarray | None:
-    """All actions `[N, A]` float32, in order; None where the dataset has none.
-
-    Raises:
-        ValueError: NaN or infinity among them.
-    """
+    """All actions `[N, A]` float32, in order, NaN where some are not known; None where the dataset has none."""
     if ACTION not in dataset.meta.features:
         return None
     column = dataset.hf_dataset.data.column(ACTION)
     actions = np.stack(column.to_numpy()).astype(np.float32)
-    bad = ~np.isfinite(actions).all(axis=1)
-    expect(
-        not bad.any(),
-        "action",
-        "finite numbers",
-        f"NaN or infinity in {int(bad.sum())} frames, the first at index {int(bad.argmax())}",
-        "Repair or drop these episodes.",
-    )
-    return actions
+    return actions.reshape(len(column), -1)  # LeRobot stores vectors of one number as numbers

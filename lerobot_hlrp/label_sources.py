@@ -15,13 +15,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from huggingface_hub import hf_hub_download
 from torch import Tensor
 
+from hlrp_core.expectation import expect
 from lerobot_hlrp.batch import Batch
-from lerobot_hlrp.expectation import expect
 from lerobot_hlrp.fingerprint import dataset_fingerprint
 from lerobot_hlrp.frame_gap import is_same_time
+from lerobot_hlrp.hub_folder import fetch_laq
 from lerobot_hlrp.log_filters import report_short_episodes
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ def _open(config: HLRPConfig) -> LabelSource | None:
         from hlrp_core.laq.quantizer import LatentActionQuantizer
 
         assert config.camera is not None  # settled by validate_features
-        laq = LatentActionQuantizer.from_pretrained(config.laq)
+        laq = LatentActionQuantizer.from_pretrained(fetch_laq(config.laq))
         return OnlineLabels(laq, config.laq, config.camera, frame_gap=config.frame_gap)
     return None
 
@@ -259,7 +259,7 @@ def read_frame_offsets(laq: str, frame_gap: int | None = None) -> list[int]:
     """
     from hlrp_core.laq.config import LAQConfig
 
-    path = Path(laq) / "config.json" if Path(laq).is_dir() else _download_settings(laq)
+    path = (Path(laq) if Path(laq).is_dir() else _fetch_settings(laq)) / "config.json"
     expect(
         path.is_file(),
         "laq",
@@ -272,5 +272,5 @@ def read_frame_offsets(laq: str, frame_gap: int | None = None) -> list[int]:
 
 
 @lru_cache(maxsize=8)  # LeRobot asks once for every feature
-def _download_settings(laq: str) -> Path:
-    return Path(hf_hub_download(laq, "config.json"))
+def _fetch_settings(laq: str) -> Path:
+    return fetch_laq(laq, parts=["config.json"])

@@ -8,6 +8,7 @@ Shape legend: N frames, R the LAQ's image side, A action width.
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,14 +16,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from hlrp_core.expectation import expect
 from hlrp_core.laq.config import LAQConfig
 from hlrp_core.laq.pairs import FrameTuples, tuple_starts
 from hlrp_core.run_folder import read_json, write_json
-from lerobot_hlrp.expectation import expect
 from lerobot_hlrp.frame_reader import EpisodeFrames, read_actions, resize_frames
 
 if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDataset
+
+logger = logging.getLogger(__name__)
 
 
 def cache_frames(
@@ -75,36 +78,69 @@ def split_episodes(num_episodes: int, held_out_share: float) -> int:
     return num_episodes - num_held_out
 
 
-def build_frame_tuples(
-    dataset: LeRobotDataset, frames: np.ndarray, config: LAQConfig, *, eval_share: float
-) -> tuple[FrameTuples, FrameTuples]:
-    """Training and held-out tuples, split by whole episodes. Actions, where there are any, only serve the probe."""
-    lengths = dataset.meta.episodes["length"][:]
-    starts = tuple_starts(lengths, frame_gap=config.frame_gap, num_frames=config.num_frames)
-    num_train = split_episodes(len(lengths), eval_share)
-    actions = read_actions(dataset)
-    train_starts, test_starts = np.concatenate(starts[:num_train]), np.concatenate(starts[num_train:])
-    for what, found in (("training", train_starts), ("held-out", test_starts)):
-        expect(
-            len(found) > 0,
-            "frame_gap",
-            f"{what} episodes that are longer than the gap",
-            config.frame_gap,
-            "Use a smaller gap.",
+class TuplePlan:
+    """Which tuples train and which are held out, by whole episodes: all that can be said without a frame.
+
+    Actions, where there are any, only serve the probe; where some are NaN, their tuples are left out of it.
+
+    Args:
+        dataset: all of it.
+        config: of the LAQ.
+        eval_share: of the episodes, the last ones.
+
+    Raises:
+        ValueError: one side has no episode, or none that is longer than the gap.
+    """
+
+    def __init__(self, dataset: LeRobotDataset, config: LAQConfig, *, eval_share: float):
+        self.config = config
+        lengths = dataset.meta.episodes["length"][:]
+        starts = tuple_starts(lengths, frame_gap=config.frame_gap, num_frames=config.num_frames)
+        num_train = split_episodes(len(lengths), eval_share)
+        self.train_starts, self.test_starts = np.concatenate(starts[:num_train]), np.concatenate(starts[num_train:])
+        for what, found in (("training", self.train_starts), ("held-out", self.test_starts)):
+            expect(
+                len(found) > 0,
+                "frame_gap",
+                f"{what} episodes that are longer than the gap",
+                config.frame_gap,
+                "Use a smaller gap.",
+            )
+        self.motions = self._measure_motions(read_actions(dataset))
+
+    def build(self, frames: np.ndarray) -> tuple[FrameTuples, FrameTuples]:
+        """Training and held-out tuples of all frames `[N, R, R, 3]`."""
+        gap, length = self.config.frame_gap, self.config.num_frames
+        return (
+            FrameTuples(frames, self.train_starts, gap, length, self.motions[0]),
+            FrameTuples(frames, self.test_starts, gap, length, self.motions[1]),
         )
-    motions: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
-    if actions is not None:
-        sums = _sum_over_gap(actions, config.frame_gap * (config.num_frames - 1))
-        mean, std = sums[train_starts].mean(0), np.maximum(sums[train_starts].std(0), 1e-6)
-        motions = ((sums[train_starts] - mean) / std, (sums[test_starts] - mean) / std)
-    return (
-        FrameTuples(frames, train_starts, config.frame_gap, config.num_frames, motions[0]),
-        FrameTuples(frames, test_starts, config.frame_gap, config.num_frames, motions[1]),
-    )
+
+    def _measure_motions(self, actions: np.ndarray | None) -> tuple[np.ndarray | None, np.ndarray | None]:
+        if actions is None:
+            return None, None
+        sums = sum_over_gap(actions, self.config.frame_gap * (self.config.num_frames - 1))
+        train, test = sums[self.train_starts], sums[self.test_starts]
+        num_unknown = int(np.isnan(np.concatenate([train, test])).any(1).sum())
+        if num_unknown:
+            num_all = len(train) + len(test)
+            logger.warning("The action probe leaves out %d of %d pairs, whose actions are NaN.", num_unknown, num_all)
+        known = train[~np.isnan(train).any(1)]
+        if len(known) == 0:
+            return None, None
+        mean, std = known.mean(0), np.maximum(known.std(0), 1e-6)
+        return (train - mean) / std, (test - mean) / std
 
 
-def _sum_over_gap(actions: np.ndarray, span: int) -> np.ndarray:
-    """`[N, A]`: the sum of the `span` actions from each frame on (cut at the end of the data)."""
-    total = np.concatenate([np.zeros((1, actions.shape[1])), np.cumsum(actions, axis=0, dtype=np.float64)])
+def sum_over_gap(actions: np.ndarray, span: int) -> np.ndarray:
+    """`[N, A]`: the sum of the `span` actions from each frame on (cut at the data's end), NaN if one is unknown."""
+    is_known = np.isfinite(actions).all(axis=1, keepdims=True)  # (N, 1)
     last = np.minimum(np.arange(len(actions)) + span, len(actions))
-    return (total[last] - total[: len(actions)]).astype(np.float32)
+
+    def sum_of(values: np.ndarray) -> np.ndarray:
+        total = np.concatenate([np.zeros((1, values.shape[1])), np.cumsum(values, axis=0, dtype=np.float64)])
+        return total[last] - total[: len(values)]
+
+    # one NaN in a running sum would be in all that follow
+    sums = sum_of(np.where(is_known, actions, 0))
+    return np.where(sum_of(~is_known) > 0, np.nan, sums).astype(np.float32)

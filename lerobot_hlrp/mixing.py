@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from lerobot.configs.default import DatasetConfig
 
+from hlrp_core.expectation import expect
 from lerobot_hlrp.action_labels import check_statistics
-from lerobot_hlrp.expectation import expect
 from lerobot_hlrp.frame_gap import frames_apart, is_same_time
 
 if TYPE_CHECKING:

@@ -18,16 +18,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
 from torch import Tensor
 
 from hlrp_core.backends.composed import ComposedBackend
 from hlrp_core.bundle import save_parts, save_tensors, unique_names, unique_tensors
 from hlrp_core.contract import BackendMode, LatentOutput, SamplingOptions
-from lerobot_hlrp.action_labels import check_statistics, choose_action_episodes, restrict_statistics
-from lerobot_hlrp.batch import BatchReader
+from hlrp_core.expectation import expect, expect_choice
+from lerobot_hlrp.action_labels import (
+    SupervisionWatch,
+    check_statistics,
+    choose_action_episodes,
+    restrict_statistics,
+)
+from lerobot_hlrp.batch import BatchReader, missing_labels
 from lerobot_hlrp.checkpoint import build_new_backend, fetch_folder, load_saved_backend
-from lerobot_hlrp.expectation import expect, expect_choice
 from lerobot_hlrp.label_sources import open_label_source
 from lerobot_hlrp.policy_config import HLRPConfig, backbone_name
 from lerobot_hlrp.preview import open_preview, to_video
@@ -68,9 +74,13 @@ class HLRPPolicy(PreTrainedPolicy):
         super().__init__(config)
         config.validate_features()
         labels = open_label_source(config, dataset_meta)
-        episodes = None
+        episodes, self._supervision = None, None
         if dataset_meta is not None:
+            if config.needs_code_labels and labels is None:
+                raise missing_labels(config)
             episodes = _claim_action_episodes(config, dataset_meta)
+            if episodes is not None:
+                self._supervision = SupervisionWatch(episodes, dataset_meta.episodes["length"][:])
             check_statistics(dataset_meta.stats, config.normalized_features(), config.normalization_mapping)
         self.backend = build_new_backend(config) if backend is None else backend
         self.backend.setup(device=torch.device(config.device or "cpu"))
@@ -107,7 +117,9 @@ class HLRPPolicy(PreTrainedPolicy):
             reduction: `mean` for a scalar, `none` for `[B]`.
         """
         expect_choice("reduction", reduction, ("mean", "none"))
-        labelled = self.reader.read_training(batch)
+        labelled = self.reader.read_training(batch, is_held_out=not self.training)
+        if self._supervision is not None and self.training:
+            self._supervision.see(labelled.actions_mask())
         output = self.backend.loss_from_batch(labelled, mode=BackendMode(self.config.mode))
         loss = output.loss if reduction == "mean" else output.per_sample
         assert loss is not None
@@ -219,6 +231,8 @@ class HLRPPolicy(PreTrainedPolicy):
     def init_rtc_processor(self) -> None:
         """Follow `config.rtc_config`; LeRobot calls it after changing that."""
         config = self.config.rtc_config
+        if isinstance(config, dict):  # from the command line: the setting has no type there
+            config = self.config.rtc_config = RTCConfig(**config)
         self.rtc_processor = RTCProcessor(config) if config is not None and config.enabled else None
 
     def _get_default_peft_targets(self) -> dict[str, Any]:

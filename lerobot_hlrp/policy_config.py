@@ -24,9 +24,9 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 
 from hlrp_core.codes.token_scheme import TokenSchemeConfig
 from hlrp_core.contract import OBJECTIVES, BackendMode
+from hlrp_core.expectation import expect, expect_choice
 from hlrp_core.heads import ACTION_HEADS, ActionHeadConfig
 from hlrp_core.prompting.prompt import PromptConfig
-from lerobot_hlrp.expectation import expect, expect_choice
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -117,6 +117,8 @@ class HLRPConfig(PreTrainedConfig):
     frame_gap: int | None = None
     # Recorded: the same in seconds, which a later run's labels are compared with, whatever its dataset's frame rate.
     frame_gap_s: float | None = None
+    # Recorded: width of the LAQ's code vectors, where a head has them.
+    code_vector_dim: int | None = None
     # Recorded: dataset frames from the first to the last that a label is made from; more than the gap with T > 2.
     label_span: int | None = None
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import lerobot_policy_hlrp  # noqa: F401 - registers the policy types
 from hlrp_core.bundle import MANIFEST, config_from_dict, load_backend, read_manifest
+from hlrp_core.expectation import expect
 from hlrp_core.registry import get_recipe
 from lerobot_hlrp.checkpoint import fetch_folder
-from lerobot_hlrp.expectation import expect
+from lerobot_hlrp.dataset_folder import load_metadata
 from lerobot_hlrp.frame_gap import frames_apart
 
 if TYPE_CHECKING:
@@ -40,12 +41,6 @@ def find_policy_type(backend: str) -> tuple[str, str, str]:
         f"backend: expected one of a LeRobot policy type, got {backend!r}. Next step: add it to the `backends` of a "
         "policy's config."
     )
-
-
-def load_metadata(dataset: DatasetConfig) -> LeRobotDatasetMetadata:
-    from lerobot.datasets import LeRobotDatasetMetadata
-
-    return LeRobotDatasetMetadata(dataset.repo_id, root=dataset.root, revision=dataset.revision)
 
 
 def make_code_policy(

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from hlrp_core.contract import LatentOutput
+from hlrp_core.expectation import expect
 from hlrp_core.heads.code_vectors import nearest_codes
 from hlrp_core.laq.quantizer import LatentActionQuantizer, resize_images
-from lerobot_hlrp.expectation import expect
+from lerobot_hlrp.hub_folder import fetch_laq
 
 if TYPE_CHECKING:
     from lerobot_hlrp.policy_config import HLRPConfig
@@ -92,7 +93,7 @@ def open_preview(config: HLRPConfig, saved_in: Path | None) -> Preview | None:
         "Set --policy.laq_weights.",
     )
     assert name is not None
-    laq = LatentActionQuantizer.from_pretrained(name)
+    laq = LatentActionQuantizer.from_pretrained(fetch_laq(name, setting="laq_weights"))
     expect(
         config.laq_hash in (None, laq.weights_hash()),
         "LAQ for save_predicted_video",

@@ -308,12 +308,3 @@ def real_processor() -> Callable[[str], Path]:
         return folder
 
     return get
-
-
-@pytest.fixture(scope="session")
-def real_qwen(tmp_path_factory: pytest.TempPathFactory, real_processor: Callable[[str], Path]) -> Path:
-    """Folder of a tiny random Qwen3-VL with the published processor and its whole vocabulary."""
-    from hlrp_core.backbones.random_checkpoint import write_random_checkpoint
-
-    folder = tmp_path_factory.mktemp("backbone") / "real-qwen"
-    return write_random_checkpoint(folder, processor=real_processor("qwen3_vl"))

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoProcessor, PretrainedConfig
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoProcessor, PretrainedConfig, ProcessorMixin
 
 from hlrp_core.backbones.model_core import ModelCore
 from hlrp_core.backbones.qwen3_vl import Qwen3VLCore
@@ -28,14 +29,22 @@ def load_core(
     """Load weights and processor through transformers' own classes.
 
     Raises:
-        ValueError: no such folder, a checkpoint of another family, an unknown dtype, or image settings that do not fit
-            the family.
+        ValueError: no such folder, files that are missing there, a checkpoint of another family, an unknown dtype, or
+            image settings that do not fit the family.
     """
     config = _load_config(backbone, family)
     images = _image_settings(family, image_size, image_splitting)
+    processor = _load_processor(backbone, config)  # first: it is read faster than weights
     model_class = getattr(transformers, CORES[family].model_class)
-    model = model_class.from_pretrained(backbone, config=config, dtype=_dtype(dtype))
-    return CORES[family](model, AutoProcessor.from_pretrained(backbone), **images)
+    try:
+        model = model_class.from_pretrained(backbone, config=config, dtype=_dtype(dtype))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"backbone: expected a Hub id or a folder with weights (model.safetensors), got {backbone}, where none can "
+            "be read. Next step: copy or download it anew, or make a checkpoint with hlrp-backbone. "
+            f"({type(error).__name__}: {_first_line(error)})"
+        ) from error
+    return CORES[family](model, processor, **images)
 
 
 def build_core(
@@ -52,7 +61,7 @@ def build_core(
     model_class = getattr(transformers, CORES[family].model_class)
     # not `.to(dtype)`: that would round buffers such as rotary frequencies, which `from_pretrained` keeps in float32
     model = model_class._from_config(config, dtype=_dtype(dtype))
-    return CORES[family](model, AutoProcessor.from_pretrained(folder), **images)
+    return CORES[family](model, _load_processor(folder, config), **images)
 
 
 def _image_settings(family: str, image_size: int | None, image_splitting: bool) -> dict[str, Any]:
@@ -69,7 +78,7 @@ def _image_settings(family: str, image_size: int | None, image_splitting: bool) 
 
 def _dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {name!r}. Next step: choose one of these.")
     return DTYPES[name]
 
 
@@ -85,7 +94,7 @@ def _load_config(backbone: str | Path, family: str) -> PretrainedConfig:
         raise ValueError(
             f"backbone: expected a Hub id or a folder with the config.json of a {family} checkpoint, got {backbone}. "
             "Next step: check the name and the network, or make a checkpoint with hlrp-backbone. "
-            f"(transformers says: {str(error).splitlines()[0]})"
+            f"(transformers says: {_first_line(error)})"
         ) from error
     expected = CORES[family].model_types
     if config.model_type not in expected:
@@ -95,3 +104,39 @@ def _load_config(backbone: str | Path, family: str) -> PretrainedConfig:
             "family, or another checkpoint."
         )
     return config
+
+
+def _load_processor(backbone: str | Path, config: PretrainedConfig) -> ProcessorMixin:
+    """The checkpoint's processor.
+
+    Raises:
+        ValueError: a part of it is missing. transformers makes an empty tokenizer where there are no files of one.
+    """
+    files = "tokenizer.json, tokenizer_config.json and processor_config.json or preprocessor_config.json"
+    next_step = "Next step: copy the processor's files from the checkpoint that the weights come from."
+    try:
+        processor = AutoProcessor.from_pretrained(backbone)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"backbone: expected a Hub id or a folder with a processor ({files}), got {backbone}, where it is "
+            f"incomplete. {next_step} (transformers says: {_first_line(error)})"
+        ) from error
+    if not isinstance(processor, ProcessorMixin):
+        raise ValueError(
+            f"backbone: expected a Hub id or a folder with a processor ({files}), got a {type(processor).__name__} "
+            f"alone in {backbone}. {next_step}"
+        )
+    tokenizer = processor.tokenizer  # type: ignore[attr-defined]
+    image_token = getattr(processor, "image_token", None)
+    image_id = tokenizer.get_vocab().get(image_token)
+    if image_id != config.image_token_id or tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"backbone: expected the model's tokenizer, with the image token {image_token!r} as number "
+            f"{config.image_token_id} and a padding token, got one of {len(tokenizer)} tokens in {backbone}, with "
+            f"number {image_id} and padding token {tokenizer.pad_token!r}. {next_step}"
+        )
+    return processor
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, ProcessorMixin
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hlrp_core.backbones.code_rows import CodeRows, replace_embeddings, replace_logits
@@ -74,6 +74,10 @@ class ModelCore(nn.Module, abc.ABC):
     def plain_image_text(self) -> str:
         """What a plain prompt writes for an image, `image_token` included."""
 
+    def find_image_token(self, text: str) -> str | None:
+        """A token in `text` that stands for an image or a part of one: only the prompt's own images have these."""
+        return self.image_token if self.image_token in text else None
+
     @abc.abstractmethod
     def process_images(self, images: Tensor) -> ImageInputs:
         """Images `[N, H, W, 3]` uint8 -> the model's own inputs, on the same device. One processor call."""
@@ -105,9 +109,30 @@ class ModelCore(nn.Module, abc.ABC):
     ) -> tuple[Tensor, DynamicCache | None]:
         """Last hidden states `[B, L, W]` of `tokens` (behind `cache`, where one is given), and the grown cache."""
 
+    def generate(self, tokens: TokenBatch, images: ImageInputs, settings: GenerationConfig, **kwargs: Any) -> Tensor:
+        """New ids `[B, N]` by Hugging Face `generate`: the slow reference of decoding.
+
+        Args:
+            settings: all of them. The checkpoint's own, such as a repetition penalty for chat, have no say.
+            kwargs: further ones of `generate` that are no settings, such as `prefix_allowed_tokens_fn`.
+        """
+        of_checkpoint = self.model.generation_config
+        self.model.generation_config = settings  # `generate` fills what `settings` leaves open from here
+        try:
+            ids = self.model.generate(  # type: ignore[operator]
+                input_ids=tokens.ids,
+                attention_mask=tokens.valid_mask.long(),
+                generation_config=settings,
+                **self._generate_arguments(tokens, images),
+                **kwargs,
+            )
+        finally:
+            self.model.generation_config = of_checkpoint
+        return ids[:, tokens.ids.shape[1] :]
+
     @abc.abstractmethod
-    def generate(self, tokens: TokenBatch, images: ImageInputs, **kwargs: Any) -> Tensor:
-        """New ids `[B, N]` by Hugging Face `generate`: the slow reference of decoding."""
+    def _generate_arguments(self, tokens: TokenBatch, images: ImageInputs) -> dict[str, Tensor]:
+        """What `generate` gets beside the ids and their mask."""
 
     @abc.abstractmethod
     def vision_parameters(self) -> list[nn.Parameter]:
@@ -160,8 +185,10 @@ class ModelCore(nn.Module, abc.ABC):
 
         Rows are added only when the table is too short: real checkpoints have spare rows. New rows start at the mean
         of the `num_old` old ones plus small noise from a seeded generator: equal in every process, distinct from
-        each other.
+        each other. Without `new_ids` nothing changes.
         """
+        if len(new_ids) == 0:
+            return
         needed = int(new_ids.max()) + 1
         embedding = self.model.get_input_embeddings()
         if needed > embedding.weight.shape[0]:  # type: ignore[operator]

@@ -62,8 +62,9 @@ class Qwen3VLCore(ModelCore):
         return images.permute(0, 3, 1, 2)  # flat: the processor hands them out as it meets their placeholders
 
     def image_inputs_from_processor(self, output: Any) -> ImageInputs:
-        tensors = {name: output[name].to(self.device) for name in ("pixel_values", "image_grid_thw")}
-        return ImageInputs(tensors, [tuple(grid) for grid in output["image_grid_thw"].tolist()])
+        grids = output["image_grid_thw"].cpu()  # stays there: only the host reads it, and must not wait for it
+        tensors = {"pixel_values": output["pixel_values"].to(self.device), "image_grid_thw": grids}
+        return ImageInputs(tensors, [tuple(grid) for grid in grids.tolist()])
 
     def image_ids(self, layout: tuple[int, ...]) -> list[int]:
         time, height, width = layout
@@ -110,15 +111,9 @@ class Qwen3VLCore(ModelCore):
         )
         return output.last_hidden_state, output.past_key_values
 
-    def generate(self, tokens: TokenBatch, images: ImageInputs, **kwargs: Any) -> Tensor:
-        ids = self.model.generate(  # type: ignore[operator]
-            input_ids=tokens.ids,
-            attention_mask=tokens.valid_mask.long(),
-            mm_token_type_ids=(tokens.ids == self._image_token_id).int(),
-            **images.tensors,
-            **kwargs,
-        )
-        return ids[:, tokens.ids.shape[1] :]
+    def _generate_arguments(self, tokens: TokenBatch, images: ImageInputs) -> dict[str, Tensor]:
+        tensors = {name: tensor.to(self.device) for name, tensor in images.tensors.items()}
+        return {**tensors, "mm_token_type_ids": (tokens.ids == self._image_token_id).int()}
 
     def vision_parameters(self) -> list[nn.Parameter]:
         return list(self.model.model.visual.parameters())  # type: ignore[union-attr]

@@ -9,6 +9,8 @@ Shape legend: N images, P patches of one image, G = N * P patches of a call, E v
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,10 +40,18 @@ class CachedGridVisionModel(Qwen3VLVisionModel):
 
     _grid_tables: dict[tuple, tuple[Tensor, ...]]
 
+    def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
+        """As in transformers. With `grid_thw` `[N, 3]` on the CPU the host never waits for the device."""
+        grid_thw = grid_thw.cpu()  # read below and in every block
+        lengths = {height * width for _, height, width in grid_thw.tolist()}
+        image_len = lengths.pop() if len(lengths) == 1 else None
+        return super().forward(hidden_states, grid_thw, image_len=image_len, **kwargs)  # type: ignore[call-arg]
+
     def rot_pos_emb(self, grid_thw: Tensor) -> Tensor:
         """`[G, rotary width]`."""
         grids = tuple(map(tuple, grid_thw.tolist()))
-        key = ("rotary", grids, str(grid_thw.device), self.rotary_pos_emb.inv_freq.dtype)
+        frequencies = self.rotary_pos_emb.inv_freq
+        key = ("rotary", grids, str(frequencies.device), frequencies.dtype)
         if key not in self._grid_tables:
             with torch.no_grad():
                 self._remember(key, (super().rot_pos_emb(grid_thw),))
@@ -103,20 +113,24 @@ class BatchedVisionAttention(Qwen3VLVisionAttention):
         cu_seqlens: Tensor,
         rotary_pos_emb: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        *,
+        image_len: int | None = None,
         **kwargs: object,
     ) -> Tensor:
-        """`[G, E]` -> `[G, E]`; `cu_seqlens` `[N + 1]` says where images end."""
-        num_patches = hidden_states.shape[0]
-        num_images = len(cu_seqlens) - 1
-        image_len = num_patches // num_images
-        same_length = num_images * image_len == num_patches and bool(
-            (cu_seqlens[1:] - cu_seqlens[:-1] == image_len).all()
-        )
-        if not same_length or is_flash_attention_requested(self.config):
+        """`[G, E]` -> `[G, E]`.
+
+        Args:
+            cu_seqlens: `[N + 1]`, where images end.
+            image_len: P where all images have the same, known without asking the device; else None.
+        """
+        is_flash = is_flash_attention_requested(self.config)
+        if image_len is None or is_flash:
+            ends = cu_seqlens.to(hidden_states.device) if is_flash else cu_seqlens
             return super().forward(
-                hidden_states, cu_seqlens, rotary_pos_emb, position_embeddings=position_embeddings, **kwargs
+                hidden_states, ends, rotary_pos_emb, position_embeddings=position_embeddings, **kwargs
             )
         assert position_embeddings is not None
+        num_patches = hidden_states.shape[0]
         query, key, value = self.qkv(hidden_states).view(num_patches, 3, self.num_heads, -1).unbind(1)
         query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -124,7 +138,7 @@ class BatchedVisionAttention(Qwen3VLVisionAttention):
             eager_attention_forward,
         )
         query, key, value = (
-            x.view(num_images, image_len, self.num_heads, -1).transpose(1, 2) for x in (query, key, value)
+            x.view(-1, image_len, self.num_heads, x.shape[-1]).transpose(1, 2) for x in (query, key, value)
         )  # (N, heads, P, head width)
         output, _ = attend(
             self,

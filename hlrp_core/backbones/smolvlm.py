@@ -85,6 +85,10 @@ class SmolVLMCore(ModelCore):
     def plain_image_text(self) -> str:
         return self.image_token  # its frame is part of what stands for the image: see `image_ids`
 
+    def find_image_token(self, text: str) -> str | None:
+        mark = _TILE_MARK.search(text)
+        return mark[0] if mark else super().find_image_token(text)
+
     def process_images(self, images: Tensor) -> ImageInputs:
         output = self.processor.image_processor(  # type: ignore[attr-defined]
             images=self.images_for_processor(images, 1),
@@ -161,14 +165,8 @@ class SmolVLMCore(ModelCore):
         )
         return output.last_hidden_state, output.past_key_values
 
-    def generate(self, tokens: TokenBatch, images: ImageInputs, **kwargs: Any) -> Tensor:
-        ids = self.model.generate(  # type: ignore[operator]
-            input_ids=tokens.ids,
-            attention_mask=tokens.valid_mask.long(),
-            image_hidden_states=self.encode_images(images),  # not the pixels: `generate` would drop a tile of zeros
-            **kwargs,
-        )
-        return ids[:, tokens.ids.shape[1] :]
+    def _generate_arguments(self, tokens: TokenBatch, images: ImageInputs) -> dict[str, Tensor]:
+        return {"image_hidden_states": self.encode_images(images)}  # not the pixels: a tile of zeros would be dropped
 
     def vision_parameters(self) -> list[nn.Parameter]:
         return list(self.model.model.vision_model.parameters())  # type: ignore[union-attr]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from hlrp_core.backbones.model_core import ModelCore
 from hlrp_core.backends.composed import ComposedBackend
 from hlrp_core.backends.config import BackendConfig
-from hlrp_core.heads import build_action_head
+from hlrp_core.expectation import expect
+from hlrp_core.heads import ActionHeadConfig, build_action_head
 from hlrp_core.heads.code_head import CodeHead
+from hlrp_core.heads.code_tokens import CodeTokenHead
 from hlrp_core.prompting.catalogue import PROMPTINGS
 
 
@@ -32,9 +34,14 @@ def compose_backend(config: BackendConfig, core: ModelCore, *, prompting: str, c
     Args:
         prompting: one of `PROMPTINGS`.
         code_head: made for this core.
+
+    Raises:
+        ValueError: the action head needs something of the codes that their decoding does not give.
     """
     action_head = None
     if config.action_head is not None:
+        if isinstance(code_head, CodeTokenHead):
+            _check_decoding(config.decoding, config.action_head)
         action_head = build_action_head(
             config.action_head,
             prefix_dim=core.hidden_dim,
@@ -47,4 +54,21 @@ def compose_backend(config: BackendConfig, core: ModelCore, *, prompting: str, c
         prompting=PROMPTINGS[prompting](core, config.prompt),
         code_head=code_head,
         action_head=action_head,
+    )
+
+
+def _check_decoding(decoding: str, head: ActionHeadConfig) -> None:
+    expect(
+        head.code_conditioning == "none" or decoding != "free",
+        "decoding",
+        f"'constrained' or 'generate' with an action head that is conditioned on codes ('{head.kind}')",
+        "'free', whose codes may fail to parse",
+        "decoding=constrained.",
+    )
+    expect(
+        head.code_conditioning != "soft" or decoding == "constrained",
+        "code_conditioning=soft",
+        "decoding='constrained', which gives logits",
+        repr(decoding),
+        "decoding=constrained, or code_conditioning=tokens.",
     )

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from hlrp_core.codes.token_scheme import TokenSchemeConfig
+from hlrp_core.expectation import expect, expect_choice
 from hlrp_core.heads.action_config import ActionHeadConfig
 from hlrp_core.prompting.prompt import PromptConfig
 
 CodeObjective = Literal["completion", "codes_only", "restricted"]
 CodeSource = Literal["predicted", "teacher"]
+Decoding = Literal["constrained", "generate", "free"]
 LatentPooling = Literal["mean", "last", "query"]
 TrainVocabulary = Literal["all", "code_rows"]
 VectorObjective = Literal["regression", "flow"]
@@ -50,7 +52,7 @@ class BackendConfig:
     image_splitting: bool = False
     prompt: PromptConfig = field(default_factory=PromptConfig)
     token_scheme: TokenSchemeConfig = field(default_factory=TokenSchemeConfig)
-    decoding: str = "constrained"
+    decoding: Decoding = "constrained"
     code_objective: CodeObjective = "completion"
     latent_pooling: LatentPooling = "mean"
     train_vocabulary: TrainVocabulary = "all"
@@ -65,12 +67,11 @@ class BackendConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("codebook_size", 2), ("code_seq_len", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected {least} or more, got {getattr(self, name)}")
+            expect(getattr(self, name) >= least, name, f"{least} or more", getattr(self, name), "raise it.")
         for name in ("codes_loss_weight", "actions_loss_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+            expect(getattr(self, name) >= 0, name, "0 or more", getattr(self, name), "raise it; 0 leaves the loss out.")
         choices = {
+            "decoding": Decoding,
             "code_source": CodeSource,
             "latent_pooling": LatentPooling,
             "code_objective": CodeObjective,
@@ -78,30 +79,14 @@ class BackendConfig:
             "vector_objective": VectorObjective,
         }
         for name, known in choices.items():
-            if getattr(self, name) not in get_args(known):
-                raise ValueError(f"{name}: expected one of {', '.join(get_args(known))}, got {getattr(self, name)!r}")
+            expect_choice(name, getattr(self, name), get_args(known))
         if self.decoding == "free" and self.code_objective != "completion":
             raise ValueError(
                 f"decoding: expected 'constrained' or 'generate' with code_objective={self.code_objective!r}, which "
                 "does not teach the tokens around the codes, got 'free'. Next step: decoding=constrained."
             )
-        self._check_action_head()
-
-    def _check_action_head(self) -> None:
-        head = self.action_head
-        if head is None or head.code_conditioning == "none":
-            return
-        self._check_vectors(head)
-        if self.decoding == "free":
-            raise ValueError(
-                f"decoding: expected 'constrained' or 'generate' with an action head that is conditioned on codes "
-                f"('{head.kind}'), got 'free', whose codes may fail to parse. Next step: decoding=constrained."
-            )
-        if head.code_conditioning == "soft" and self.decoding != "constrained":
-            raise ValueError(
-                f"code_conditioning=soft: expected decoding='constrained', which gives logits, got {self.decoding!r}. "
-                "Next step: decoding=constrained, or code_conditioning=tokens."
-            )
+        if self.action_head is not None and self.action_head.code_conditioning != "none":
+            self._check_vectors(self.action_head)
 
     def _check_vectors(self, head: ActionHeadConfig) -> None:
         """A head is conditioned on vectors exactly where vectors are predicted: they are never quantised."""

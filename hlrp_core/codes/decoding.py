@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from hlrp_core.backbones.model_core import ModelCore
 from hlrp_core.backbones.token_batch import TokenBatch
@@ -36,9 +37,6 @@ class CodeDecoder(abc.ABC):
         vocabulary: the code tokens.
     """
 
-    always_codes = True  # False where a prediction may fail to parse
-    gives_logits = False
-
     def __init__(self, vocabulary: CodeVocabulary):
         self.vocabulary = vocabulary
 
@@ -56,8 +54,6 @@ class CodeDecoder(abc.ABC):
 class ConstrainedDecoder(CodeDecoder):
     """Prefill, then one forward for each further code: `[code, separator]`, read on K rows."""
 
-    gives_logits = True
-
     def decode(
         self,
         core: ModelCore,
@@ -69,11 +65,10 @@ class ConstrainedDecoder(CodeDecoder):
         size = inputs.tokens.ids.shape[0]
         device = inputs.tokens.ids.device
         forced = self.vocabulary.forced_prefix.to(device).expand(size, -1)
-        if encoding is None:
+        if encoding is None or encoding.cache is None:  # under gradient checkpointing transformers keeps no cache
             tokens = inputs.tokens.append(forced)
             hidden, cache = core(tokens, inputs.images, use_cache=True)
         else:
-            assert encoding.cache is not None
             tokens = inputs.tokens.continuation(forced)
             hidden, cache = core(tokens, cache=encoding.cache)
 
@@ -129,8 +124,6 @@ class GenerateDecoder(CodeDecoder):
 class FreeDecoder(CodeDecoder):
     """Hugging Face `generate` without constraint; what does not parse is -1, and its text is in `meta`."""
 
-    always_codes = False
-
     def decode(
         self,
         core: ModelCore,
@@ -164,17 +157,13 @@ def generate_ids(
         )
     _expect_left_padding(inputs.tokens)
     draw = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
-    # transformers reads the sampling fields even when it does not sample, so greedy must reset them all
-    greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-    return core.generate(
-        inputs.tokens,
-        inputs.images,
+    settings = GenerationConfig(
         max_new_tokens=vocabulary.completion_len,
         eos_token_id=vocabulary.end_id,
         pad_token_id=core.tokenizer.pad_token_id,
-        **(draw if sampling.temperature > 0 else greedy),
-        **kwargs,
+        **(draw if sampling.temperature > 0 else {"do_sample": False}),
     )
+    return core.generate(inputs.tokens, inputs.images, settings, **kwargs)
 
 
 def _expect_left_padding(tokens: TokenBatch) -> None:
@@ -195,5 +184,8 @@ def make_decoder(name: str, vocabulary: CodeVocabulary) -> CodeDecoder:
     if name not in DECODERS:
         close = get_close_matches(name, DECODERS, n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise ValueError(f"decoding: expected one of {', '.join(DECODERS)}, got {name!r}.{hint}")
+        raise ValueError(
+            f"decoding: expected one of {', '.join(DECODERS)}, got {name!r}.{hint} Next step: choose one of these; "
+            "constrained is the fast one."
+        )
     return DECODERS[name](vocabulary)

@@ -38,12 +38,20 @@ class TokenSchemeConfig:
 
     def __post_init__(self) -> None:
         if self.code.count("{}") != 1:
-            raise ValueError(f"token scheme: expected one '{{}}' in the code token's name, got {self.code!r}")
+            raise ValueError(
+                f"token scheme: expected one '{{}}' in the code token's name, got {self.code!r}. "
+                "Next step: put it where the code's number belongs, as in '<ACT_{}>'."
+            )
         for name in (self.begin, self.end, self.code):
             if not name or name != name.strip():
-                raise ValueError(f"token scheme: expected a name without surrounding blanks, got {name!r}")
+                raise ValueError(
+                    f"token scheme: expected a name without surrounding blanks, got {name!r}. "
+                    "Next step: leave the blanks out; the separator is a setting of its own."
+                )
         if self.begin == self.end:
-            raise ValueError(f"token scheme: expected different wrappers, got {self.begin!r} for both")
+            raise ValueError(
+                f"token scheme: expected different wrappers, got {self.begin!r} for both. Next step: rename one."
+            )
 
     def code_token(self, code: int) -> str:
         return self.code.replace("{}", str(code))
@@ -51,6 +59,20 @@ class TokenSchemeConfig:
     def token_names(self, codebook_size: int) -> list[str]:
         """Every token the scheme adds, in the order in which ids are given."""
         return [self.begin, self.end, *(self.code_token(k) for k in range(codebook_size))]
+
+    def check_names(self, codebook_size: int) -> None:
+        """Raises:
+        ValueError: a wrapper has the name of a code, or of code K: who holds that one has a larger codebook.
+        """
+        codes = {self.code_token(k): k for k in range(codebook_size + 1)}
+        for field in ("begin", "end"):
+            name = getattr(self, field)
+            if name in codes:
+                raise ValueError(
+                    f"token scheme: expected a name for {field!r} that differs from those of codes 0 to "
+                    f"{codebook_size} (codebook_size={codebook_size}), got {name!r}, the name of code {codes[name]}. "
+                    "Next step: choose another, such as '<ACTION>' for begin and '</ACTION>' for end."
+                )
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -70,9 +92,10 @@ def add_code_tokens(tokenizer: PreTrainedTokenizerBase, scheme: TokenSchemeConfi
         How many tokens were added: all of them or 0.
 
     Raises:
-        ValueError: the tokenizer holds some of the names but not all, or those of a larger codebook, or one
-            as an ordinary word: it was made for other codes.
+        ValueError: names of the scheme clash with each other; or the tokenizer holds some of them but not all, or
+            those of a larger codebook, or one as an ordinary word: it was made for other codes.
     """
+    scheme.check_names(codebook_size)
     names = scheme.token_names(codebook_size)
     vocabulary = tokenizer.get_vocab()
     present = [name for name in names if name in vocabulary]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
+from hlrp_core.expectation import expect_choice
 from hlrp_core.heads.action_config import ActionHeadConfig, CodeConditioning
 from hlrp_core.heads.action_head import ActionContext, ActionHead, ContextSizes, PrefixEncoding
 from hlrp_core.heads.code_vectors import hand_over_code_vectors
@@ -36,12 +35,7 @@ def build_action_head(
     Raises:
         ValueError: unknown kind (the closest name is offered), or the head lacks something it needs.
     """
-    if config.kind not in ACTION_HEADS:
-        closest = difflib.get_close_matches(config.kind, ACTION_HEADS, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"action head kind: expected one of {', '.join(ACTION_HEADS)}, got '{config.kind}'. "
-            f"Next step: did you mean '{closest}'?"
-        )
+    expect_choice("action head kind", config.kind, ACTION_HEADS)
     sizes = ContextSizes(prefix_dim=prefix_dim, codebook_size=codebook_size, code_seq_len=code_seq_len)
     return ACTION_HEADS[config.kind](config, sizes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from hlrp_core.expectation import expect, expect_choice
 from hlrp_core.heads.flow_matching import TimeSampling
 
 CodeConditioning = Literal["none", "tokens", "soft", "vector"]
@@ -64,28 +65,28 @@ class ActionHeadConfig:
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
-            check(getattr(self, name) >= 1, f"action head {name}", "1 or more", getattr(self, name), "Raise it.")
+            expect(getattr(self, name) >= 1, f"action head {name}", "1 or more", getattr(self, name), "raise it.")
         for name in ("num_kv_heads", "head_dim", "mlp_dim", "code_vector_dim"):
             value = getattr(self, name)
-            check(value is None or value >= 1, f"action head {name}", "1 or more, or None", value, "Raise it.")
-        check(self.state_dim >= 0, "action head state_dim", "0 (no state) or more", self.state_dim, "Raise it.")
-        check(0 <= self.dropout < 1, "action head dropout", "0 <= dropout < 1", self.dropout, "Lower it.")
-        _check_choice("code_conditioning", self.code_conditioning, get_args(CodeConditioning))
-        _check_choice("time_sampling", self.time_sampling, get_args(TimeSampling))
-        check(self.time_dim % 2 == 0, "action head time_dim", "an even number", self.time_dim, "Add 1 to it.")
-        check(
+            expect(value is None or value >= 1, f"action head {name}", "1 or more, or None", value, "raise it.")
+        expect(self.state_dim >= 0, "action head state_dim", "0 (no state) or more", self.state_dim, "raise it.")
+        expect(0 <= self.dropout < 1, "action head dropout", "0 <= dropout < 1", self.dropout, "lower it.")
+        expect_choice("action head code_conditioning", self.code_conditioning, get_args(CodeConditioning))
+        expect_choice("action head time_sampling", self.time_sampling, get_args(TimeSampling))
+        expect(self.time_dim % 2 == 0, "action head time_dim", "an even number", self.time_dim, "add 1 to it.")
+        expect(
             self.head_dim is not None or self.hidden_dim % self.num_heads == 0,
             "action head hidden_dim",
             f"a multiple of num_heads={self.num_heads}",
             self.hidden_dim,
-            "Change one of them, or set head_dim.",
+            "change one of them, or set head_dim.",
         )
-        check(
+        expect(
             self.num_heads % self.resolved_num_kv_heads == 0,
             "action head num_kv_heads",
             f"a divisor of num_heads={self.num_heads}",
             self.num_kv_heads,
-            "Change one of them.",
+            "change one of them.",
         )
 
     @property
@@ -111,15 +112,3 @@ _COUNTS = (
     "num_flow_steps",
     "num_noise_draws",
 )
-
-
-def check(condition: bool, what: str, expected: str, got: object, next_step: str) -> None:
-    """Raises:
-    ValueError: `condition` is False.
-    """
-    if not condition:
-        raise ValueError(f"{what}: expected {expected}, got {got}. Next step: {next_step}")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    check(value in choices, f"action head {name}", f"one of {choices}", repr(value), "Choose one of these.")

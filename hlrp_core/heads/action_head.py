@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hlrp_core.contract import SamplingOptions
-from hlrp_core.heads.action_config import ActionHeadConfig, check
-from hlrp_core.heads.flow_matching import Guidance
+from hlrp_core.expectation import expect
+from hlrp_core.heads.action_config import ActionHeadConfig
 from hlrp_core.heads.layers import CodeEmbedding, VectorEmbedding
 
 
@@ -83,27 +83,27 @@ class ActionHead(nn.Module, abc.ABC):
 
     def __init__(self, config: ActionHeadConfig, sizes: ContextSizes):
         super().__init__()
-        check(
+        expect(
             self.needs_prefix or config.code_conditioning != "none",
             f"code_conditioning of action head '{config.kind}'",
             "'tokens' or 'soft'",
             "'none'",
-            "Set code_conditioning ('vector' if vectors are predicted), or choose the head 'prefix_flow', which can do "
+            "set code_conditioning ('vector' if vectors are predicted), or choose the head 'prefix_flow', which can do "
             "without codes.",
         )
-        check(
+        expect(
             not self.needs_prefix or sizes.prefix_dim is not None,
             f"prefix_dim of action head '{config.kind}'",
             "the width of the backbone's hidden states",
             None,
-            "Pass prefix_dim.",
+            "pass prefix_dim.",
         )
-        check(
+        expect(
             config.code_conditioning != "vector" or config.code_vector_dim is not None,
             f"code_vector_dim of action head '{config.kind}' with code_conditioning=vector",
             "the width of the LAQ's code vectors",
             None,
-            "Set it to laq.code_vector_table().shape[-1].",
+            "set it to laq.code_vector_table().shape[-1].",
         )
         self.config = config
         self.sizes = sizes
@@ -129,13 +129,13 @@ class ActionHead(nn.Module, abc.ABC):
         """
 
     @abc.abstractmethod
-    def predict(self, context: ActionContext, sampling: SamplingOptions, *, guidance: Guidance | None = None) -> Tensor:
+    def predict(self, context: ActionContext, sampling: SamplingOptions) -> Tensor:
         """`[B, C, A]` float32. The caller holds `no_grad` and eval mode.
 
         Args:
             context: what the head looks at.
-            sampling: source of noise, which a regression ignores, and the real-time-chunking arguments.
-            guidance: corrects each flow step towards `sampling.prev_chunk_left_over`; not called without one.
+            sampling: source of noise, which a regression ignores, and the real-time-chunking arguments; its
+                `guidance` is not called without a `prev_chunk_left_over`.
         """
 
     def check_context(self, context: ActionContext) -> int:
@@ -193,7 +193,8 @@ class ActionHead(nn.Module, abc.ABC):
         check_shape("actions", actions, (batch_size, chunk, width))
         if is_pad is not None:
             check_shape("action_is_pad", is_pad, (batch_size, chunk))
-            check(is_pad.dtype == torch.bool, "action_is_pad", "bool", is_pad.dtype, "True marks padding.")
+            hint = "convert it by .bool(); True marks padding."
+            expect(is_pad.dtype == torch.bool, "action_is_pad", "bool", is_pad.dtype, hint)
             actions = actions.masked_fill(is_pad[..., None], 0.0)
         return actions.float()
 
@@ -219,8 +220,8 @@ def check_shape(what: str, tensor: Tensor, shape: tuple[int | None, ...]) -> Non
         want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
     )
     expected = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
-    next_step = "Build the head with the sizes of the data, or pass data of these sizes."
-    check(fits, what, f"shape {expected}", list(tensor.shape), next_step)
+    next_step = "build the head with the sizes of the data, or pass data of these sizes."
+    expect(fits, what, f"shape {expected}", list(tensor.shape), next_step)
 
 
 def _missing(kind: str, name: str, expected: str) -> ValueError:

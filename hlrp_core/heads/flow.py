@@ -22,7 +22,7 @@ from hlrp_core.heads.action_head import (
     mean_over_steps,
 )
 from hlrp_core.heads.expert import ExpertMemory, FlowExpert
-from hlrp_core.heads.flow_matching import Guidance, integrate, interpolate, sample_times, solver_times
+from hlrp_core.heads.flow_matching import integrate, interpolate, sample_times, solver_times
 
 Guide = Callable[[Tensor, float, Callable[[Tensor], Tensor]], Tensor]
 
@@ -105,9 +105,9 @@ class FlowHead(ActionHead):
         error = (self.expert(x_t, self.expert.modulation(time), memory) - target).square()
         return mean_over_steps(error, is_pad).view(-1, draws).mean(dim=1)
 
-    def predict(self, context: ActionContext, sampling: SamplingOptions, *, guidance: Guidance | None = None) -> Tensor:
+    def predict(self, context: ActionContext, sampling: SamplingOptions) -> Tensor:
         batch_size = self.check_context(context)
-        guide = self._bind(guidance, sampling, batch_size)
+        guide = self._bind(sampling, batch_size)
         # Guidance takes a gradient by x_t, which inference mode and tensors made in it forbid.
         with torch.inference_mode(False), torch.no_grad():
             noise = self._starting_noise(batch_size, sampling)
@@ -130,15 +130,15 @@ class FlowHead(ActionHead):
         source = sampling.generator.device if sampling.generator is not None else device
         return torch.randn(shape, generator=sampling.generator, device=source, dtype=torch.float32).to(device)
 
-    def _bind(self, guidance: Guidance | None, sampling: SamplingOptions, batch_size: int) -> Guide | None:
-        """`guidance` with this call's real-time-chunking arguments; None where no chunk is to be followed."""
+    def _bind(self, sampling: SamplingOptions, batch_size: int) -> Guide | None:
+        """`sampling.guidance` with this call's real-time-chunking arguments; None where no chunk is to be followed."""
         left_over = sampling.prev_chunk_left_over
         if left_over is None:
             return None
-        if guidance is None:
+        if sampling.guidance is None:
             raise ValueError(
                 "sampling has prev_chunk_left_over: expected a guidance to follow it, got None. "
-                "Next step: pass guidance=, for example RTCProcessor.denoise_step of LeRobot."
+                "Next step: set its guidance, for example RTCProcessor.denoise_step of LeRobot."
             )
         if left_over.ndim != 3 or left_over.shape[1] > self.config.chunk_size:
             raise ValueError(
@@ -153,7 +153,7 @@ class FlowHead(ActionHead):
                 f"{sampling.inference_delay}. Next step: pass how many actions run while a chunk is computed."
             )
         bound = partial(
-            guidance,
+            sampling.guidance,
             prev_chunk_left_over=left_over.to(self.expert.action_positions.device, torch.float32, copy=True),
             inference_delay=sampling.inference_delay,
             execution_horizon=sampling.execution_horizon,

@@ -18,7 +18,6 @@ from hlrp_core.heads.action_head import (
     build_code_embedding,
     mean_over_steps,
 )
-from hlrp_core.heads.flow_matching import Guidance
 from hlrp_core.heads.layers import GatedMLP, build_dropout, init_near_zero, rms_norm
 
 
@@ -74,7 +73,7 @@ class MLPHead(ActionHead):
         error = F.l1_loss(self(context), actions, reduction="none")
         return mean_over_steps(error, is_pad)
 
-    def predict(self, context: ActionContext, sampling: SamplingOptions, *, guidance: Guidance | None = None) -> Tensor:
+    def predict(self, context: ActionContext, sampling: SamplingOptions) -> Tensor:
         if sampling.prev_chunk_left_over is not None:
             raise ValueError(
                 f"prev_chunk_left_over for action head '{self.config.kind}': expected None, because a regression has "

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -65,7 +65,7 @@ class CodeTable:
         if codes.ndim != 2 or codes.shape[1] != header.code_seq_len or valid.shape != codes.shape[:1]:
             raise ValueError(
                 f"code table: expected codes [N, {header.code_seq_len}] and valid [N], got {tuple(codes.shape)} and "
-                f"{tuple(valid.shape)}"
+                f"{tuple(valid.shape)}. Next step: label the dataset anew with hlrp-label."
             )
         if vectors is not None and vectors.shape[:-1] != (header.code_seq_len, header.codebook_size):
             raise ValueError(
@@ -103,7 +103,10 @@ class CodeTable:
     def provide_codes(self, *, index: Tensor | None = None, frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `CodeProvider`; the table goes by `index`."""
         if index is None:
-            raise ValueError("code table: expected the global index [B] of each frame t to look it up by, got None")
+            raise ValueError(
+                "code table: expected the global index [B] of each frame t to look it up by, got None. "
+                "Next step: pass index=; a LAQ is what goes by the frames."
+            )
         return self.lookup(index)
 
     def lookup(self, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,13 +156,32 @@ class CodeTable:
             raise ValueError(
                 f"code table: expected a file, got {path}, which is none. Next step: make it with hlrp-label."
             )
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("header", "null"))
-            if header is None or header.get("schema_version") != SCHEMA_VERSION:
-                got = "a file without its header" if header is None else f"schema {header.get('schema_version')}"
-                raise ValueError(
-                    f"code table: expected one of schema {SCHEMA_VERSION} in {path}, got {got}. "
-                    "Next step: label the dataset anew with hlrp-label."
-                )
-            vectors = file.get_tensor("vectors") if "vectors" in file.keys() else None  # noqa: SIM118 - no mapping
-            return cls(file.get_tensor("codes"), file.get_tensor("valid"), CodeTableHeader(**header), vectors)
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = _read_header(file.metadata(), path)
+                vectors = file.get_tensor("vectors") if "vectors" in file.keys() else None  # noqa: SIM118 - no mapping
+                return cls(file.get_tensor("codes"), file.get_tensor("valid"), header, vectors)
+        except (SafetensorError, OSError) as error:  # OSError: an empty file cannot be mapped
+            raise _not_a_table(path, f"another or a damaged file ({error})") from error
+
+
+def _read_header(metadata: dict[str, str] | None, path: Path) -> CodeTableHeader:
+    """Raises:
+    ValueError: no header, or one of another schema.
+    """
+    try:
+        header = json.loads((metadata or {}).get("header", "null"))
+        if header is None or header["schema_version"] != SCHEMA_VERSION:
+            raise _not_a_table(
+                path, "a file without its header" if header is None else f"schema {header['schema_version']}"
+            )
+        return CodeTableHeader(**header)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise _not_a_table(path, f"an unreadable header ({error})") from error
+
+
+def _not_a_table(path: Path, got: str) -> ValueError:
+    return ValueError(
+        f"code table: expected one of schema {SCHEMA_VERSION} in {path}, got {got}. "
+        "Next step: check the path, or label the dataset anew with hlrp-label."
+    )

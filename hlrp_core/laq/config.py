@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 SCHEMA_VERSION = 1
@@ -56,12 +56,18 @@ class LAQConfig:
     def __post_init__(self) -> None:
         channels, size = self.feature_shape
         self.feature_shape = (channels, size)  # JSON knows no tuples
+        default = {field.name: field.default for field in fields(self)}
         for name, least in (("codebook_size", 2), ("code_seq_len", 1), ("frame_gap", 1), ("num_frames", 2)):
             if getattr(self, name) < least:
-                raise ValueError(f"laq.{name}: expected {least} or more, got {getattr(self, name)}")
+                raise ValueError(
+                    f"laq.{name}: expected {least} or more, got {getattr(self, name)}. Next step: use {default[name]}."
+                )
         for name, choices in (("quantizer", QUANTIZERS), ("target", TARGETS)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"laq.{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"laq.{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}. "
+                    f"Next step: use {choices[0]}."
+                )
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"laq.image_size: expected a multiple of patch_size={self.patch_size}, got {self.image_size}. "

@@ -19,9 +19,7 @@ from hlrp_core.laq.quantizer import LatentActionQuantizer
 BLUE, GREY, GRID = "#2f6db5", "#8a949e", "#d9dee3"
 
 
-def draw_all(
-    laq: LatentActionQuantizer, held_out: FrameTuples, figures: dict[str, Any], *, history: Path, folder: Path
-) -> list[Path]:
+def draw_all(laq: LatentActionQuantizer, held_out: FrameTuples, figures: dict[str, Any], *, folder: Path) -> list[Path]:
     """Draw every picture that the figures allow, into `folder`."""
     paths = [draw_code_usage(figures["code_counts"], folder / "code_usage.png")]
     if laq.config.target == "pixels":

@@ -20,7 +20,8 @@ class FrameTuples:
     starts: `[M]` positions of each tuple's frame t; the whole tuple lies in one episode.
     frame_gap: Δ.
     num_frames: T.
-    motion: `[M, A]` float, each tuple's actions summed over its frames, normalised; None without actions.
+    motion: `[M, A]` float, each tuple's actions summed over its frames, normalised; NaN where they are not known, and
+        None without actions.
     """
 
     frames: np.ndarray
@@ -37,9 +38,10 @@ class FrameTuples:
         positions = self.starts[which][:, None] + self.frame_gap * np.arange(self.num_frames)  # (B, T)
         return torch.from_numpy(self.frames[positions])
 
-    def sample(self, batch_size: int, *, seed: int, step: int) -> Tensor:
-        """A random batch that depends on seed and step alone, so that a continued run reads what it would have read."""
-        rng = np.random.default_rng([seed, step])
+    def sample(self, batch_size: int, *, seed: int, step: int, rank: int = 0) -> Tensor:
+        """A random batch that depends on seed, step and process alone, so that a continued run reads what it would have
+        read, and no process what another reads."""
+        rng = np.random.default_rng([seed, step, rank] if rank else [seed, step])
         return self.read(rng.integers(len(self), size=batch_size))
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:

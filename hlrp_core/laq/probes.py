@@ -20,11 +20,13 @@ class CodebookCollapseError(ValueError):
 class CodebookUse:
     """Args:
     counts: `[S, K]` how often each code stood at each position.
-    perplexity: mean over positions of exp(entropy): codes in effective use, between 1 and K.
+    perplexities: `[S]` exp(entropy) at each position: codes in effective use, between 1 and K.
+    perplexity: their mean.
     used_share: share of the S * K entries that occurred at all.
     """
 
     counts: Tensor
+    perplexities: Tensor
     perplexity: float
     used_share: float
 
@@ -33,24 +35,55 @@ def measure_codebook_use(codes: Tensor, codebook_size: int) -> CodebookUse:
     """Use of the codebook by codes `[N, S]`."""
     counts = F.one_hot(codes.long(), codebook_size).sum(0)  # (S, K)
     shares = counts / counts.sum(1, keepdim=True)
-    entropy = -torch.special.xlogy(shares, shares).sum(1)  # (S,)
-    return CodebookUse(counts, entropy.exp().mean().item(), (counts > 0).float().mean().item())
+    perplexities = (-torch.special.xlogy(shares, shares).sum(1)).exp()  # (S,)
+    return CodebookUse(counts, perplexities, perplexities.mean().item(), (counts > 0).float().mean().item())
 
 
+# A position below it has nearly always the same code.
+COLLAPSED_PERPLEXITY = 1.05
 # Below so many pairs a small perplexity says little: a single pair has 1, whatever its codes.
 MIN_PAIRS_TO_JUDGE = 32
 
 
+def collapsed_positions(use: CodebookUse) -> list[int]:
+    """The positions, counted from 0, whose codes carry next to nothing."""
+    return (use.perplexities < COLLAPSED_PERPLEXITY).nonzero().flatten().tolist()
+
+
 def check_no_collapse(use: CodebookUse, codebook_size: int) -> None:
     """Raises:
-    CodebookCollapseError: the codes carry next to nothing.
+    CodebookCollapseError: the codes of a position carry next to nothing.
     """
-    if use.perplexity < 1.05:
+    collapsed = collapsed_positions(use)
+    if collapsed:
+        num_positions = len(use.perplexities)
+        got = ", ".join(f"{use.perplexities[position]:.2f} at position {position + 1}" for position in collapsed)
+        fewer = "" if len(collapsed) == num_positions else ", fewer positions (laq.code_seq_len)"
         raise CodebookCollapseError(
-            f"codebook: expected codes that tell transitions apart, got a perplexity of {use.perplexity:.2f} of "
-            f"{codebook_size}: the codes have collapsed. Next step: use laq.quantizer=fsq, a larger frame_gap (so that "
-            "something moves), a smaller learning rate, or more steps."
+            f"codebook: expected codes that tell transitions apart at each of {num_positions} positions, got a "
+            f"perplexity of {got}, of {codebook_size}: the codes have collapsed. Next step: use laq.quantizer=fsq, a "
+            f"larger frame_gap (so that something moves){fewer}, a smaller learning rate, or more steps."
         )
+
+
+class CollapseWatch:
+    """Ends a training whose codes have collapsed for good.
+
+    A position may be lost for a while and come back, as when dead codes are replaced: only one that is found collapsed
+    `patience` times in a row is an error.
+    """
+
+    def __init__(self, patience: int = 3):
+        self.patience = patience
+        self._times: dict[int, int] = {}
+
+    def look(self, use: CodebookUse, codebook_size: int) -> None:
+        """Raises:
+        CodebookCollapseError: a position is collapsed, and was at the last `patience - 1` looks.
+        """
+        self._times = {position: self._times.get(position, 0) + 1 for position in collapsed_positions(use)}
+        if max(self._times.values(), default=0) >= self.patience:
+            check_no_collapse(use, codebook_size)
 
 
 def has_motion_to_tell(motion: Tensor) -> bool:

@@ -10,6 +10,7 @@ Shape legend: B batch, T frames in time, R image side, S code positions, D width
 F channels of the target, Y its side.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hlrp_core.laq.config import LAQConfig
@@ -129,7 +131,8 @@ class LatentActionQuantizer(
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Measure the latents' mean and spread anew on batches of frames: running averages lag behind the weights."""
+        """Measure the latents' mean and spread anew on batches of frames: running averages lag behind the weights. A
+        codebook that was learnt stays as it is."""
         self.train()
         with self.quantizer.calibrating():
             for frames in batches:
@@ -137,14 +140,16 @@ class LatentActionQuantizer(
         self.eval()
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Frames `[B, T, H, W, 3]` uint8 -> codes `[B, (T-1)*S]` long. Runs in eval mode, whatever the module's is."""
+        """Frames `[B, T, H, W, 3]` uint8 -> codes `[B, (T-1)*S]` long. Always in eval mode and float32, whatever the
+        module and a surrounding autocast are in."""
         return self.encode_embedded(self.embed(frames))
 
     @torch.no_grad()
     def embed(self, frames: Tensor) -> Tensor:
         """Frames `[B, T, H, W, 3]` uint8 -> `[B, T, 2E, h, h]`, for `encode_embedded`: nearly all of the work, once for
         a frame of two tuples. Training and eval mode embed alike."""
-        return self._embed(self.prepare(frames))
+        with in_float32(frames):
+            return self._embed(self.prepare(frames))
 
     @torch.no_grad()
     def encode_embedded(self, embedded: Tensor) -> Tensor:
@@ -152,15 +157,31 @@ class LatentActionQuantizer(
         was_training = self.training
         self.eval()
         try:
-            codes = self.quantizer(self._latents(embedded)).codes
+            with in_float32(embedded):
+                codes = self.quantizer(self._latents(embedded)).codes
         finally:
             self.train(was_training)
         return codes.view(len(embedded), -1)
 
+    @torch.no_grad()
+    def encode_uncalibrated(self, batches: Iterable[Tensor]) -> Tensor:
+        """Batches of frames -> codes of all of them, `[N, (T-1)*S]`, by the mean and spread of their own latents: those
+        that `encode` goes by lag behind the weights while they learn. Changes nothing in this module."""
+        latents = []
+        for frames in batches:
+            with in_float32(frames):
+                latents.append(self._latents(self._embed(self.prepare(frames))))
+        quantizer = copy.deepcopy(self.quantizer).train()
+        with quantizer.calibrating():
+            return quantizer(torch.cat(latents)).codes.view(-1, self.code_seq_len)
+
     def provide_codes(self, *, index: Tensor | None = None, frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `CodeProvider`; a LAQ goes by `frames`, and says something of all of them."""
         if frames is None:
-            raise ValueError("LAQ: expected frames [B, T, H, W, 3] to encode, got None")
+            raise ValueError(
+                "LAQ: expected frames [B, T, H, W, 3] to encode, got None. "
+                "Next step: pass frames=; a code table is what goes by the index."
+            )
         return self.encode(frames), torch.ones(len(frames), dtype=torch.bool, device=frames.device)
 
     def code_vectors(self, codes: Tensor) -> Tensor:
@@ -180,8 +201,9 @@ class LatentActionQuantizer(
     def decode(self, frame: Tensor, codes: Tensor) -> Tensor:
         """Frame t `[B, H, W, 3]` uint8 and one transition's codes `[B, S]` -> frame t+Δ `[B, 3, R, R]` in [0, 1], or
         its features `[B, F, Y, Y]` where those are the target."""
-        source = self._to_target(self.prepare(frame[:, None])[:, 0])
-        decoded = self.decoder(source, self.quantizer.condition(codes))
+        with in_float32(frame):
+            source = self._to_target(self.prepare(frame[:, None])[:, 0])
+            decoded = self.decoder(source, self.quantizer.condition(codes))
         return from_signed(decoded) if self.config.target == "pixels" else decoded
 
     def prepare(self, frames: Tensor) -> Tensor:
@@ -192,7 +214,8 @@ class LatentActionQuantizer(
         """
         if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[-1] != 3:
             raise ValueError(
-                f"frames: expected uint8 tensor [B, T, H, W, 3], got {frames.dtype} tensor {tuple(frames.shape)}"
+                f"frames: expected uint8 tensor [B, T, H, W, 3], got {frames.dtype} tensor {tuple(frames.shape)}. "
+                "Next step: give them as bytes from 0 to 255, channels last."
             )
         size = self.config.image_size
         images = resize_images(frames.flatten(0, 1).permute(0, 3, 1, 2), size)  # (B * T, 3, R, R)
@@ -234,7 +257,10 @@ class LatentActionQuantizer(
 
     def _check_codes(self, codes: Tensor) -> None:
         if codes.shape[-1] % self.config.code_seq_len:
-            raise ValueError(f"codes: expected [B, {self.code_seq_len}], got {tuple(codes.shape)}")
+            raise ValueError(
+                f"codes: expected [B, {self.code_seq_len}], got {tuple(codes.shape)}. "
+                "Next step: take codes of this LAQ, or of its own code table."
+            )
 
     # -- identity -------------------------------------------------------------------------------------------------
 
@@ -261,7 +287,7 @@ class LatentActionQuantizer(
             )
         try:
             laq = super().from_pretrained(pretrained_model_name_or_path, strict=True, **kwargs)  # type: ignore[misc]
-        except (RuntimeError, TypeError, FileNotFoundError) as error:
+        except _NOT_A_LAQ as error:
             raise ValueError(
                 f"LAQ: expected the settings and weights of one in {pretrained_model_name_or_path}, got something else "
                 f"({str(error).splitlines()[0]}). Next step: copy or download it anew, or check the name."
@@ -272,6 +298,24 @@ class LatentActionQuantizer(
                 f"{pretrained_model_name_or_path}. Next step: copy or download it anew; train again to change settings."
             )
         return laq
+
+
+# What loading raises where there is no LAQ, only part of one, or a damaged one.
+_NOT_A_LAQ = (
+    RuntimeError,
+    TypeError,
+    AttributeError,  # a config.json that is no mapping
+    FileNotFoundError,
+    SafetensorError,
+    json.JSONDecodeError,
+    UnicodeDecodeError,
+)
+
+
+def in_float32(tensor: Tensor) -> torch.autocast:
+    """No autocast on the tensor's device. A policy that trains in bfloat16 asks for labels within its autocast, and
+    rounded latents near the border of a code would give other ones than the code table of the same LAQ has."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _digest(config: LAQConfig) -> Tensor:

@@ -1,7 +1,8 @@
 """Quantisers of vector-quantize-pytorch behind one interface: latents in, code vectors, codes and a loss out.
 
-All of them compute in float32. Two traps of the library are dealt with here: replacing dead codes is off unless
-`threshold_ema_dead_code` is set, and FSQ with a level of 2 needs `preserve_symmetry`.
+All of them compute in float32. Three traps of the library are dealt with here: replacing dead codes is off unless
+`threshold_ema_dead_code` is set, FSQ with a level of 2 needs `preserve_symmetry`, and a codebook that several processes
+learn needs `sync_codebook`, which is settled when it is made.
 
 Shape legend: B batch, S code positions, D width of a code vector, K codebook size, Z width of the encoder's latents.
 """
@@ -74,8 +75,11 @@ class CodeQuantizer(nn.Module, abc.ABC):
 
     @contextmanager
     def calibrating(self) -> Iterator[None]:
-        """Measure running statistics of the latents anew on what is quantised within."""
+        """Measure running statistics of the latents anew on what is quantised within; what was learnt stays."""
         yield
+
+    def sync_across_processes(self) -> None:
+        """Learn from what all processes quantise, equally in each of them. Before the optimizer and the first batch."""
 
 
 class ScalarQuantizer(CodeQuantizer):
@@ -128,15 +132,19 @@ class LearntCodebook(CodeQuantizer):
         super().__init__(config)
         self.vector_dim = config.code_dim
         self.latent_dim = self.condition_dim = config.code_seq_len * config.code_dim
-        learns_by_gradient = config.quantizer == "diveq"
-        self.inner = VectorQuantize(
-            dim=config.code_dim,
-            codebook_size=config.codebook_size,
+        self.codebook_size = config.codebook_size
+        self.learns_by_gradient = config.quantizer == "diveq"
+        self.inner = self._make(sync_codebook=False)
+
+    def _make(self, *, sync_codebook: bool) -> VectorQuantize:
+        return VectorQuantize(
+            dim=self.vector_dim,
+            codebook_size=self.codebook_size,
             threshold_ema_dead_code=2,
             kmeans_init=True,
-            sync_codebook=torch.distributed.is_available() and torch.distributed.is_initialized(),
-            directional_reparam=learns_by_gradient,
-            rotation_trick=not learns_by_gradient,
+            sync_codebook=sync_codebook,
+            directional_reparam=self.learns_by_gradient,
+            rotation_trick=not self.learns_by_gradient,
         )
 
     def _quantize(self, latents: Tensor, hardness: float) -> Quantized:
@@ -145,6 +153,21 @@ class LearntCodebook(CodeQuantizer):
 
     def vectors(self, codes: Tensor) -> Tensor:
         return self.inner.get_codes_from_indices(codes)
+
+    @contextmanager
+    def calibrating(self) -> Iterator[None]:
+        """A learnt codebook has no statistics to measure, and must not move: the decoder was trained with this one.
+        Only one that was never trained takes its entries from what is quantised within."""
+        self.inner.freeze_codebook = bool(self.inner._codebook.initted)
+        try:
+            yield
+        finally:
+            self.inner.freeze_codebook = False
+
+    def sync_across_processes(self) -> None:
+        learnt = self.inner.state_dict()
+        self.inner = self._make(sync_codebook=True)
+        self.inner.load_state_dict(learnt)
 
 
 def make_quantizer(config: LAQConfig) -> CodeQuantizer:

@@ -4,7 +4,8 @@
     <output_dir>/metrics.json                        its final figures
     <output_dir>/run/                                settings, metrics.jsonl, checkpoints of the run
 
-A run that was stopped or killed continues from its newest checkpoint; its batches depend on seed and step alone.
+A run that was stopped or killed continues from its newest checkpoint, random numbers included; its batches depend on
+seed, step and process alone. Under `accelerate launch` every process has batches of its own, and one of them writes.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, set_seed
 from safetensors.torch import load_model
 from torch import Tensor
 from tqdm import tqdm
@@ -28,6 +30,7 @@ from hlrp_core.laq.pairs import FrameTuples
 from hlrp_core.laq.probes import (
     MIN_PAIRS_TO_JUDGE,
     CodebookUse,
+    CollapseWatch,
     action_probe_r2,
     check_no_collapse,
     has_motion_to_tell,
@@ -35,7 +38,18 @@ from hlrp_core.laq.probes import (
     psnr_gain_db,
 )
 from hlrp_core.laq.quantizer import LatentActionQuantizer
-from hlrp_core.run_folder import RunFolder, StopRequest, load_optimizer, read_json, save_optimizer, write_json
+from hlrp_core.run_folder import (
+    RunFolder,
+    StopRequest,
+    capture_random_state,
+    load_optimizer,
+    load_random_state,
+    read_json,
+    restore_random_state,
+    save_optimizer,
+    save_random_state,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +64,7 @@ DISPLAY_SETTINGS = ("log_freq", "save_freq")
 class LAQTrainingConfig:
     # Optimizer steps.
     steps: int = 2000
-    # Frame pairs in a batch.
+    # Frame pairs in a batch, of each process.
     batch_size: int = 64
     # Peak learning rate; after the warmup it falls to 0 along a cosine.
     lr: float = 2e-3
@@ -69,9 +83,12 @@ class LAQTrainingConfig:
     max_eval_pairs: int = 2000
 
     def __post_init__(self) -> None:
+        default = {f.name: f.default for f in fields(LAQTrainingConfig)}
         for name in ("steps", "batch_size", "log_freq", "save_freq", "max_eval_pairs"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
+                raise ValueError(
+                    f"{name}: expected 1 or more, got {getattr(self, name)}. Next step: use {default[name]}."
+                )
 
     def learning_rate(self, step: int) -> float:
         """Of the step after `step` steps."""
@@ -84,6 +101,11 @@ class LAQTrainingConfig:
         return min(1.0, step / max(self.soft_share * self.steps, 1))
 
 
+def make_accelerator() -> Accelerator:
+    """An accelerator whose processes wait for one another as long as it takes to decode a dataset."""
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
+
+
 def train_laq(
     laq: LatentActionQuantizer,
     train: FrameTuples,
@@ -92,74 +114,176 @@ def train_laq(
     *,
     output_dir: str | Path,
     settings: dict[str, Any] | None = None,
+    accelerator: Accelerator | None = None,
 ) -> dict[str, Any] | None:
     """Train until `config.steps`, then measure and save; call it again with the same arguments to continue.
 
     Args:
         laq: trained in place.
+        train, held_out: for all processes the same.
         settings: further JSON that decides the result, such as the dataset's name; equal in a continued run.
+        accelerator: by default a new one.
 
     Returns:
         the final figures, or None where the run was interrupted.
 
     Raises:
-        CodebookCollapseError: the codes carry nothing.
-        ValueError: the folder holds another run.
+        CodebookCollapseError: the codes of a position carry nothing.
+        ValueError: the folder holds another run, or one of another number of processes.
     """
     output_dir = Path(output_dir)
     own = {f.name: getattr(config, f.name) for f in fields(LAQTrainingConfig) if f.name not in DISPLAY_SETTINGS}
     kept = {"training": own, "laq": asdict(laq.config), **(settings or {})}
     run = RunFolder(output_dir / RUN, kept, keep=1)
-    accelerator = Accelerator()
-    set_seed(config.seed)
-    optimizer = torch.optim.AdamW(laq.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    step = _continue(run, laq, optimizer)
-    model, optimizer = accelerator.prepare(laq, optimizer)
-    model.train()
-    with StopRequest() as stop, tqdm(total=config.steps, initial=step, unit="step", desc="LAQ") as progress:
-        while step < config.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate(step)
-            frames = train.sample(config.batch_size, seed=config.seed, step=step).to(accelerator.device)
-            output = model(frames, hardness=config.hardness(step))
-            accelerator.backward(output.loss)
-            accelerator.clip_grad_norm_(model.parameters(), config.grad_clip_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            progress.update()
-            if step % config.log_freq == 0 or step == config.steps:
-                figures = evaluate_reconstruction(laq, held_out.spread(256).batches(64))
-                model.train()
-                gain = figures["reconstruction_gain_db"]
-                progress.set_postfix(loss=f"{output.loss.item():.4f}", gain=f"{gain:.2f}dB")
-                run.log({"step": step, "loss": output.loss.item(), **figures})
-            if stop.requested or step % config.save_freq == 0 or step == config.steps:
-                with run.new_checkpoint(step) as folder:
-                    laq.save_pretrained(folder)
-                    save_optimizer(optimizer, folder)
-                    write_json(folder / "progress.json", {"step": step})
-            if stop.requested and step < config.steps:
-                print(f"Stopped after step {step} of {config.steps}. Run the same command again to continue.")
-                return None
+    accelerator = accelerator or make_accelerator()
+    if not _LAQTrainer(laq, train, held_out, config, run=run, accelerator=accelerator).train_to_the_end():
+        return None
+    # In every process, so that none waits for another and a collapse ends them all.
     laq.calibrate(_calibration_batches(train, accelerator.device))
     figures = measure_laq(laq, train, held_out.spread(config.max_eval_pairs))
-    laq.save_pretrained(output_dir)
-    write_json(output_dir / FINAL_METRICS, figures)
+    if accelerator.is_main_process:
+        laq.save_pretrained(output_dir)
+        write_json(output_dir / FINAL_METRICS, figures)
+    accelerator.wait_for_everyone()
     return figures
 
 
-def _continue(run: RunFolder, laq: LatentActionQuantizer, optimizer: torch.optim.Optimizer) -> int:
-    checkpoint = run.latest_checkpoint()
-    if checkpoint is None:
-        run.forget_after(0)
-        return 0
-    load_model(laq, checkpoint / "model.safetensors")
-    load_optimizer(optimizer, checkpoint)
-    step = read_json(checkpoint / "progress.json")["step"]
-    run.forget_after(step)
-    print(f"Continuing after step {step}.")
-    return step
+class _LAQTrainer:
+    """One run. Arguments as in `train_laq`."""
+
+    def __init__(
+        self,
+        laq: LatentActionQuantizer,
+        train: FrameTuples,
+        held_out: FrameTuples,
+        config: LAQTrainingConfig,
+        *,
+        run: RunFolder,
+        accelerator: Accelerator,
+    ):
+        self.laq, self.train, self.held_out = laq, train, held_out
+        self.config, self.run, self.accelerator = config, run, accelerator
+        self.watch = CollapseWatch()
+        self.step = 0
+        set_seed(config.seed, device_specific=True)
+        if accelerator.num_processes > 1:
+            laq.quantizer.sync_across_processes()
+        optimizer = torch.optim.AdamW(laq.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        random_state = self._continue(optimizer)
+        self.model, self.optimizer = accelerator.prepare(laq, optimizer)
+        if random_state is not None:
+            restore_random_state(random_state)
+
+    def train_to_the_end(self) -> bool:
+        """False where the run was interrupted."""
+        config, is_main = self.config, self.accelerator.is_main_process
+        progress = tqdm(total=config.steps, initial=self.step, unit="step", desc="LAQ", disable=not is_main)
+        self.model.train()
+        with StopRequest() as stop, progress:
+            while self.step < config.steps:
+                loss = self._update()
+                self.step += 1
+                progress.update()
+                if self.step % config.log_freq == 0 or self.step == config.steps:
+                    record = self._log(loss)
+                    gain, perplexity = record["reconstruction_gain_db"], record["perplexity"]
+                    progress.set_postfix(
+                        loss=f"{record['loss']:.4f}", gain=f"{gain:.2f}dB", perplexity=f"{perplexity:.2f}"
+                    )
+                is_stopping = self._agree(stop.requested)
+                if is_stopping or self.step % config.save_freq == 0 or self.step == config.steps:
+                    self._save()
+                if is_stopping and self.step < config.steps:
+                    if is_main:
+                        print(
+                            f"Stopped after step {self.step} of {config.steps}. Run the same command again to continue."
+                        )
+                    return False
+        return True
+
+    def _update(self) -> Tensor:
+        """One optimizer step; its loss."""
+        config, accelerator = self.config, self.accelerator
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate(self.step)
+        frames = self.train.sample(
+            config.batch_size, seed=config.seed, step=self.step, rank=accelerator.process_index
+        ).to(accelerator.device)
+        output = self.model(frames, hardness=config.hardness(self.step))
+        accelerator.backward(output.loss)
+        accelerator.clip_grad_norm_(self.model.parameters(), config.grad_clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return output.loss.detach()
+
+    def _log(self, loss: Tensor) -> dict[str, Any]:
+        """Measure and note it; the record, in every process.
+
+        Raises:
+            CodebookCollapseError: the codes are quantised in full and stay collapsed.
+        """
+        found: list[Any] = [None]
+        mean_loss = self.accelerator.reduce(loss, reduction="mean").item()  # type: ignore[union-attr]
+        if self.accelerator.is_main_process:
+            figures = evaluate_reconstruction(self.laq, self.held_out.spread(256).batches(64))
+            use, num_pairs = self._measure_use()
+            record = {"step": self.step, "loss": mean_loss, **figures, **_perplexity_figures(use)}
+            self.run.log(record)
+            found = [(record, use, num_pairs)]
+        record, use, num_pairs = broadcast_object_list(found)[0]
+        self.model.train()
+        if self.config.hardness(self.step) == 1 and num_pairs >= MIN_PAIRS_TO_JUDGE:
+            self.watch.look(use, self.laq.codebook_size)
+        return record
+
+    def _measure_use(self) -> tuple[CodebookUse, int]:
+        """Use of the codebook by held-out pairs, or with few of those by training pairs, and how many they are."""
+        pairs = (self.held_out if len(self.held_out) >= MIN_PAIRS_TO_JUDGE else self.train).spread(256)
+        codes = self.laq.encode_uncalibrated(frames.to(self.accelerator.device) for frames in pairs.batches(64))
+        return measure_codebook_use(codes.cpu(), self.laq.codebook_size), len(pairs)
+
+    def _agree(self, is_stopping: bool) -> bool:
+        """Whether any process was interrupted: all of them must stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return is_stopping
+        flag = torch.tensor(float(is_stopping), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)  # type: ignore[operator]
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        random_states = gather_object([capture_random_state()])
+        if self.accelerator.is_main_process:
+            with self.run.new_checkpoint(self.step) as folder:
+                self.laq.save_pretrained(folder)
+                save_optimizer(self.optimizer, folder)
+                for rank, random_state in enumerate(random_states):
+                    save_random_state(random_state, folder, name=f"random_{rank}")
+                write_json(
+                    folder / "progress.json", {"step": self.step, "num_processes": self.accelerator.num_processes}
+                )
+        self.accelerator.wait_for_everyone()
+
+    def _continue(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """Load the newest checkpoint, if there is one; the state of the random generators at it."""
+        checkpoint, is_main = self.run.latest_checkpoint(), self.accelerator.is_main_process
+        if checkpoint is None:
+            if is_main:
+                self.run.forget_after(0)
+            return None
+        progress = read_json(checkpoint / "progress.json")
+        if progress["num_processes"] != self.accelerator.num_processes:
+            raise ValueError(
+                f"{checkpoint}: expected {progress['num_processes']} process(es), with which the run was started, got "
+                f"{self.accelerator.num_processes}. Next step: launch as many, or start a new run."
+            )
+        load_model(self.laq, checkpoint / "model.safetensors")
+        load_optimizer(optimizer, checkpoint)
+        self.step = progress["step"]
+        if is_main:
+            self.run.forget_after(self.step)
+            print(f"Continuing after step {self.step}.")
+        return load_random_state(checkpoint, name=f"random_{self.accelerator.process_index}")
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -210,15 +334,20 @@ def measure_laq(
     figures: dict[str, Any] = evaluate_reconstruction(laq, held_out.batches(256)) | _use_figures(use)
     figures["codebook_use_from"] = use_from
     if train.motion is not None and held_out.motion is not None:
-        if has_motion_to_tell(torch.from_numpy(held_out.motion)):
+        motion = torch.from_numpy(held_out.motion)
+        if has_motion_to_tell(motion[_is_known(motion)]):
             figures |= run_action_probes(laq, train.spread(max_probe_pairs), held_out, held_out_codes=codes)
         else:
             logger.warning("No action probe: the %d held-out pairs have the same motion.", len(held_out))
     return figures
 
 
+def _perplexity_figures(use: CodebookUse) -> dict[str, Any]:
+    return {"perplexity": use.perplexity, "perplexity_by_position": use.perplexities.tolist()}
+
+
 def _use_figures(use: CodebookUse) -> dict[str, Any]:
-    return {"perplexity": use.perplexity, "used_share": use.used_share, "code_counts": use.counts.tolist()}
+    return _perplexity_figures(use) | {"used_share": use.used_share, "code_counts": use.counts.tolist()}
 
 
 def run_action_probes(
@@ -229,8 +358,12 @@ def run_action_probes(
     motion, test_motion = torch.from_numpy(train.motion), torch.from_numpy(held_out.motion)
     size = laq.codebook_size
 
+    known, test_known = _is_known(motion), _is_known(test_motion)
+
     def probe(train_codes: Tensor, test_codes: Tensor) -> float:
-        return action_probe_r2(train_codes, motion, test_codes, test_motion, codebook_size=size)
+        return action_probe_r2(
+            train_codes[known], motion[known], test_codes[test_known], test_motion[test_known], codebook_size=size
+        )
 
     codes = encode_all(laq, train)
     order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))
@@ -242,6 +375,11 @@ def run_action_probes(
     }
 
 
+def _is_known(motion: Tensor) -> Tensor:
+    """`[N]` bool of motions `[N, A]`."""
+    return motion.isfinite().all(1)
+
+
 def make_random_laq(config: LAQConfig, tuples: FrameTuples, *, seed: int = 1) -> LatentActionQuantizer:
     """A LAQ that learnt nothing but the mean and spread of its own latents: the control with a fair codebook.
 
@@ -250,7 +388,7 @@ def make_random_laq(config: LAQConfig, tuples: FrameTuples, *, seed: int = 1) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         laq = LatentActionQuantizer(config)
-    laq.calibrate(_calibration_batches(tuples, torch.device("cpu")))
+        laq.calibrate(_calibration_batches(tuples, torch.device("cpu")))
     return laq.eval()
 
 

@@ -16,13 +16,14 @@ class PromptConfig:
     """What stands around the image and the instruction. Travels with the checkpoint.
 
     Args:
-        system: system prompt; `""` for none. May hold special tokens.
-        few_shot: text before the instruction, such as worked examples. May hold special tokens.
-        instruction_template: `{instruction}` stands for the user's words, which are always plain text.
+        system: system prompt; `""` for none. May hold special tokens, but none that stands for an image.
+        few_shot: text before the instruction, such as worked examples. May hold special tokens as `system` may.
+        instruction_template: `{instruction}` stands for the user's words, which are always plain text. What is around
+            them is encoded with them, so that special tokens are refused here: they would come out as plain text, too.
         use_instruction: False hides the user's words from the model: the baseline that cannot listen.
         state_text: write the normalised state at time t behind the words, on a line of its own, as whole numbers.
             Off, only an action head sees the state.
-        state_template: `{state}` stands for the numbers, with blanks between them.
+        state_template: `{state}` stands for the numbers, with blanks between them. No special tokens either.
         state_bins: how many numbers there are: 0 to `state_bins` - 1.
         state_range: the bins divide [-`state_range`, `state_range`] evenly, and what lies beyond falls into the outer
             ones. The default suits a state normalised to mean 0 and standard deviation 1; for one in [-1, 1] it is 1.
@@ -68,7 +69,10 @@ class PromptConfig:
             ("padding_side", ("left", "right")),
         ):
             if getattr(self, field) not in choices:
-                raise ValueError(f"prompt.{field}: expected one of {choices}, got {getattr(self, field)!r}")
+                raise ValueError(
+                    f"prompt.{field}: expected one of {choices}, got {getattr(self, field)!r}. "
+                    "Next step: choose one of these."
+                )
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,13 @@ class PromptingStrategy(abc.ABC):
     Args:
         core: whose tokenizer and image layouts the prompts use.
         config: the settings of the prompt.
+
+    Raises:
+        ValueError: a setting holds a token that cannot stand there.
     """
 
     def __init__(self, core: ModelCore, config: PromptConfig):
+        _check_tokens(core, config)
         self.core = core
         self.config = config
         self._pieces: dict[int, list[Piece]] = {}
@@ -59,12 +63,8 @@ class PromptingStrategy(abc.ABC):
 
     def pieces(self, num_images: int) -> list[Piece]:
         if num_images not in self._pieces:
-            self._pieces[num_images] = join_words(self.build_pieces(num_images), self._special_tokens())
+            self._pieces[num_images] = join_words(self.build_pieces(num_images), special_tokens(self.core))
         return self._pieces[num_images]
-
-    def _special_tokens(self) -> list[str]:
-        added = self.core.tokenizer.added_tokens_decoder.values()
-        return [token.content for token in added if token.special]
 
     def encode(
         self,
@@ -210,6 +210,30 @@ class PromptingStrategy(abc.ABC):
                     f"{len(slow.ids)} tokens for {text!r} ({type(self.core.processor).__name__}). Next step: this "
                     "processor adds tokens of its own; write the prompt without them or use another processor."
                 )
+
+
+def special_tokens(core: ModelCore) -> list[str]:
+    """Of the tokenizer, those of the code tokens included."""
+    return [token.content for token in core.tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def _check_tokens(core: ModelCore, config: PromptConfig) -> None:
+    for field in ("system", "few_shot", "instruction_template", "state_template"):
+        token = core.find_image_token(getattr(config, field))
+        if token is not None:
+            raise ValueError(
+                f"prompt.{field}: expected text without a token that stands for an image, got {token!r} in it. "
+                "Next step: leave it out; the prompt writes the images itself (prompt.image_position)."
+            )
+    special = special_tokens(core)
+    for field in ("instruction_template", "state_template"):
+        token = next((token for token in special if token in getattr(config, field)), None)
+        if token is not None:
+            raise ValueError(
+                f"prompt.{field}: expected plain text, as what stands in it is encoded like the user's words, got the "
+                f"special token {token!r} in it. Next step: put it into prompt.system or prompt.few_shot, or choose "
+                "prompting=chat, whose template writes such tokens itself."
+            )
 
 
 def join_words(pieces: list[Piece], special_tokens: Sequence[str]) -> list[Piece]:

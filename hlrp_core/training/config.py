@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from hlrp_core.expectation import expect, expect_choice
+
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # ours -> accelerate's
 
 # They change what is shown or kept, not what is learned: a continued run may have others.
@@ -43,13 +45,13 @@ class CodeTrainingConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("log_freq", 1)):
-            _expect(getattr(self, name) >= least, name, f"{least} or more", getattr(self, name))
+        for name in ("steps", "log_freq"):
+            expect(getattr(self, name) >= 1, name, "1 or more", getattr(self, name), "raise it.")
         for name in ("warmup_steps", "eval_freq", "save_freq", "keep_checkpoints", "weight_decay"):
-            _expect(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+            expect(getattr(self, name) >= 0, name, "0 or more", getattr(self, name), "raise it.")
         for name in ("lr", "grad_clip_norm"):
-            _expect(getattr(self, name) > 0, name, "above 0", getattr(self, name))
-        _expect(self.dtype in PRECISIONS, "dtype", f"one of {', '.join(PRECISIONS)}", repr(self.dtype))
+            expect(getattr(self, name) > 0, name, "above 0", getattr(self, name), "raise it.")
+        expect_choice("dtype", self.dtype, PRECISIONS)
 
 
 def learning_rate(config: CodeTrainingConfig, step: int) -> float:
@@ -63,8 +65,3 @@ def learning_rate(config: CodeTrainingConfig, step: int) -> float:
 def is_due(step: int, every: int, last: int) -> bool:
     """Whether something that happens every `every` steps, and at the last one, happens after `step`."""
     return step == last or (every > 0 and step % every == 0)
-
-
-def _expect(condition: bool, name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {got}")

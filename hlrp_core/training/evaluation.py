@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hlrp_core.backends.composed import predicting
 from hlrp_core.codes.accuracy import CodeCounts
 from hlrp_core.contract import ActionBatch, BackendMode, FoundationBatch, SamplingOptions, VLABackend
 from hlrp_core.heads.code_vectors import lookup_vectors, mean_vectors, nearest_codes
@@ -108,7 +109,7 @@ def evaluate_codes(
         ValueError: no sample has a valid code.
     """
     with precision or nullcontext():
-        predictions = _predict(backend, islice(batches, max_batches))
+        predictions = _predict(backend, batches, max_batches)
     return _compare(backend, predictions, training_counts)
 
 
@@ -148,17 +149,18 @@ class _Predicted:
     loss: float
 
 
-def _predict(backend: VLABackend, batches: Iterable[FoundationBatch]) -> list[_Predicted]:
+def _predict(
+    backend: VLABackend, batches: Iterable[FoundationBatch], max_batches: int | None = None
+) -> list[_Predicted]:
     """Raises:
     ValueError: no sample has a valid code.
     """
     found = []
     sampling = None
     if getattr(backend, "code_vectors", None) is not None:
-        # a flow's figures must not change from one evaluation of a model to the next, nor the training behind it
-        sampling = SamplingOptions(generator=torch.Generator().manual_seed(0))
+        sampling = SamplingOptions(generator=torch.Generator().manual_seed(0))  # the same draws on every device
     with _evaluating(backend):
-        for batch in batches:
+        for batch in islice(batches, max_batches):  # a loader, too, draws where a pass over it begins
             mask = batch.codes_mask()
             if not bool(mask.any()):
                 continue
@@ -263,17 +265,20 @@ def mean_perplexity(codes: Tensor, codebook_size: int) -> float:
 
 @contextmanager
 def _evaluating(backend: VLABackend) -> Iterator[None]:
-    """No gradient and eval mode; modules get their own modes back."""
-    modules = list(backend.modules()) if isinstance(backend, torch.nn.Module) else []
-    was_training = [module for module in modules if module.training]
-    for module in was_training:
-        module.training = False
-    try:
-        with torch.no_grad():
+    """No gradient, eval mode and the same random numbers every time; all is afterwards as it was.
+
+    A flow's loss draws from torch's global generators. Its figures must not change from one evaluation of a model to
+    the next, and a training run must not depend on how often it is evaluated.
+    """
+    module = backend if isinstance(backend, torch.nn.Module) else torch.nn.Module()
+    gpus = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(gpus), torch.no_grad():
+        torch.default_generator.manual_seed(0)
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(0)
+        with predicting(module):
             yield
-    finally:
-        for module in was_training:
-            module.training = True
 
 
 def _share(right: Tensor) -> float:

@@ -58,7 +58,7 @@ class MixedBatches:
                 "to be drawn."
             )
         if self.batch_size < 1:
-            raise ValueError(f"batch_size: expected 1 or more, got {self.batch_size}")
+            raise ValueError(f"batch_size: expected 1 or more, got {self.batch_size}. Next step: raise it.")
 
     @property
     def shares(self) -> dict[str, float]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from hlrp_core.expectation import expect_choice, expect_folder_path
 from lerobot_hlrp.cli.command import run_command
 
 
@@ -30,8 +31,11 @@ class BackboneCommand:
 
 
 def make_backbone(command: BackboneCommand) -> None:
-    from hlrp_core.backbones.random_checkpoint import describe_checkpoint, write_random_checkpoint
+    from hlrp_core.backbones.random_checkpoint import FAMILIES, SIZES, describe_checkpoint, write_random_checkpoint
 
+    expect_choice("family", command.family, FAMILIES)
+    expect_choice("size", command.size, SIZES)
+    expect_folder_path("output", command.output)
     write_random_checkpoint(
         command.output,
         family=command.family,

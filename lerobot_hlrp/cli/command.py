@@ -13,6 +13,7 @@ from typing import Any
 import draccus
 from draccus.utils import ParsingError
 
+from lerobot_hlrp.hub_folder import HUB_ERRORS, shorten_error
 from lerobot_hlrp.log_filters import ask_for_short_warnings
 
 
@@ -26,11 +27,13 @@ def run_command[C](command: type[C], run: Callable[[C], Any], args: Sequence[str
     try:
         parsed = draccus.parse(command, args=args)
         status = run(parsed)
-    except (ValueError, FileNotFoundError, ParsingError) as error:
+    except (ValueError, ParsingError, *HUB_ERRORS) as error:
         if os.environ.get("HLRP_DEBUG"):
             raise
         cause = error.__cause__ if isinstance(error, ParsingError) and error.__cause__ is not None else error
-        print(f"error: {spell_flags(str(cause), command)}\n(HLRP_DEBUG=1 shows where)", file=sys.stderr)
+        # ours are ValueErrors; what the system or the Hub says is kept to a line, and is nothing without its kind
+        message = str(cause) if isinstance(cause, (ValueError, ParsingError)) else shorten_error(cause)
+        print(f"error: {spell_flags(message, command)}\n(HLRP_DEBUG=1 shows where)", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -34,13 +34,13 @@ class DemoConfig:
 
 def run_demo(config: DemoConfig) -> int:
     """Exit status: 0 when the report is written, 1 when a step failed, 130 when interrupted."""
+    from hlrp_core.expectation import expect_choice
     from lerobot_hlrp.demo.pipeline import Pipeline
     from lerobot_hlrp.demo.presets import PRESETS
     from lerobot_hlrp.demo.report import write_report
     from lerobot_hlrp.demo.runner import StepError, StepRunner
 
-    if config.preset not in PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {config.preset!r}")
+    expect_choice("--preset", config.preset, PRESETS)
     pipeline = Pipeline(config.output_dir, PRESETS[config.preset], seed=config.seed)
     steps = pipeline.steps()
     if config.print_commands:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lerobot.configs.default import DatasetConfig
 
+from hlrp_core.expectation import expect, expect_at_least, expect_file_path
 from lerobot_hlrp.cli.command import run_command
 
 if TYPE_CHECKING:
@@ -62,6 +63,11 @@ class EvalCodesCommand:
     # JSON file for the figures.
     output: Path | None = None
 
+    def __post_init__(self) -> None:
+        expect_at_least("batch_size", 1, self.batch_size)
+        expect_at_least("num_workers", 0, self.num_workers)
+        expect_at_least("max_samples", 0, self.max_samples)
+
 
 def evaluate(command: EvalCodesCommand) -> dict[str, Any]:
     """The figures, as they are printed and written."""
@@ -70,7 +76,7 @@ def evaluate(command: EvalCodesCommand) -> dict[str, Any]:
 
     from hlrp_core.run_folder import write_json
     from hlrp_core.training import evaluate_codes
-    from lerobot_hlrp.expectation import expect
+    from lerobot_hlrp.devices import choose_device
     from lerobot_hlrp.foundation_batches import FoundationBatches, count_training_codes, load_datasets, spread
     from lerobot_hlrp.policy_types import load_code_policy
 
@@ -81,6 +87,10 @@ def evaluate(command: EvalCodesCommand) -> dict[str, Any]:
         "none",
         "Name the labels that the policy learned from, on these episodes.",
     )
+    if command.policy.device is not None:
+        choose_device(command.policy.device)
+    if command.output is not None:
+        expect_file_path("output", command.output)
     policy, meta = load_code_policy(
         command.policy.path,
         command.dataset,

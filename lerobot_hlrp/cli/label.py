@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lerobot.configs.default import DatasetConfig
 
+from hlrp_core.expectation import expect_at_least, expect_file_path
 from lerobot_hlrp.cli.command import run_command
 
 
@@ -31,31 +32,41 @@ class LabelCommand:
     frame_gap_s: float | None = None
     # Frames at once.
     batch_size: int = 64
-    # By default the best there is; `cpu` is the other choice.
+    # `cpu`, `cuda`, `cuda:1`, ... By default the best there is.
     device: str | None = None
+
+    def __post_init__(self) -> None:
+        expect_at_least("batch_size", 1, self.batch_size)
 
 
 def label(command: LabelCommand) -> int:
-    """Exit status: 0, or 130 when interrupted."""
-    from lerobot.datasets import LeRobotDataset
-    from lerobot.utils.device_utils import auto_select_torch_device
+    """Exit status: 0, or 130 when interrupted.
 
+    Raises:
+        ValueError: no such device, dataset, LAQ or camera, a part of a dataset, or no place for the output.
+    """
     from hlrp_core.laq.probes import measure_codebook_use
     from hlrp_core.laq.quantizer import LatentActionQuantizer
+    from lerobot_hlrp.dataset_folder import load_whole_dataset
+    from lerobot_hlrp.devices import choose_device
     from lerobot_hlrp.frame_gap import frames_apart
     from lerobot_hlrp.frame_reader import choose_camera
+    from lerobot_hlrp.hub_folder import fetch_laq
     from lerobot_hlrp.labelling import label_dataset
 
-    dataset = LeRobotDataset(command.dataset.repo_id, root=command.dataset.root)
-    laq = LatentActionQuantizer.from_pretrained(command.laq)
+    device = choose_device(command.device)
+    expect_file_path("output", command.output)
+    dataset = load_whole_dataset(command.dataset, purpose="a code table")
+    camera = choose_camera(dataset.meta, command.camera)
+    laq = LatentActionQuantizer.from_pretrained(fetch_laq(command.laq))
     frame_gap = None
     if command.frame_gap_s is not None:
         frame_gap = frames_apart(command.frame_gap_s, dataset.meta.fps, command.dataset.repo_id)
-    laq.to(command.device or auto_select_torch_device())
+    laq.to(device)
     table = label_dataset(
         laq,
         dataset,
-        camera=choose_camera(dataset.meta, command.camera),
+        camera=camera,
         laq_id=Path(command.laq).name if Path(command.laq).is_dir() else command.laq,
         output=command.output,
         frame_gap=frame_gap,

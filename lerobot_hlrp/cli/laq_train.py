@@ -38,19 +38,19 @@ class TrainLAQCommand(LAQTrainingConfig):
 
 def train(command: TrainLAQCommand) -> int:
     """Exit status: 0, or 130 when interrupted."""
-    from lerobot.datasets import LeRobotDataset
-
+    from hlrp_core.expectation import expect, expect_folder_path
     from hlrp_core.laq.figures import draw_all
     from hlrp_core.laq.quantizer import LatentActionQuantizer
-    from hlrp_core.laq.training import train_laq
+    from hlrp_core.laq.training import make_accelerator, train_laq
     from hlrp_core.run_folder import read_json
-    from lerobot_hlrp.expectation import expect
+    from lerobot_hlrp.dataset_folder import load_whole_dataset
     from lerobot_hlrp.fingerprint import dataset_fingerprint
     from lerobot_hlrp.frame_gap import frames_apart
     from lerobot_hlrp.frame_reader import choose_camera
-    from lerobot_hlrp.laq_data import build_frame_tuples, cache_frames
+    from lerobot_hlrp.laq_data import TuplePlan, cache_frames
 
-    dataset = LeRobotDataset(command.dataset.repo_id, root=command.dataset.root)
+    expect_folder_path("output_dir", command.output_dir)
+    dataset = load_whole_dataset(command.dataset, purpose="a LAQ")
     camera = choose_camera(dataset.meta, command.camera)
     if command.frame_gap_s is not None:
         frame_gap = frames_apart(command.frame_gap_s, dataset.meta.fps, command.dataset.repo_id)
@@ -58,21 +58,35 @@ def train(command: TrainLAQCommand) -> int:
         is_one = command.laq.frame_gap in (LAQConfig.frame_gap, frame_gap)
         expect(is_one, "frame_gap_s, laq.frame_gap", "one of them", both, "Leave one of them out.")
         command.laq.frame_gap = frame_gap
+    plan = TuplePlan(dataset, command.laq, eval_share=command.eval_share)  # before the frames are decoded
     fingerprint = dataset_fingerprint(dataset.meta)
     cache = command.output_dir / "frames.npy"
-    frames = cache_frames(dataset, camera, command.laq.image_size, cache, fingerprint=fingerprint)
-    training, held_out = build_frame_tuples(dataset, frames, command.laq, eval_share=command.eval_share)
-    print(f"{command.dataset.repo_id}: {len(training)} pairs of {camera} to train on, {len(held_out)} held-out")
+    accelerator = make_accelerator()
+    with accelerator.main_process_first():  # it fills the file, the others map it
+        frames = cache_frames(dataset, camera, command.laq.image_size, cache, fingerprint=fingerprint)
+    training, held_out = plan.build(frames)
+    accelerator.print(
+        f"{command.dataset.repo_id}: {len(training)} pairs of {camera} to train on, {len(held_out)} held-out"
+    )
     import torch
 
     torch.manual_seed(command.seed)
     laq = LatentActionQuantizer.for_training(command.laq)
     settings = {"dataset": fingerprint, "camera": camera, "eval_share": command.eval_share}
-    figures = train_laq(laq, training, held_out, command, output_dir=command.output_dir, settings=settings)
+    figures = train_laq(
+        laq,
+        training,
+        held_out,
+        command,
+        output_dir=command.output_dir,
+        settings=settings,
+        accelerator=accelerator,
+    )
     if figures is None:
         return 130
-    run_log = command.output_dir / "run" / "metrics.jsonl"
-    draw_all(laq, held_out, figures, history=run_log, folder=command.output_dir)
+    if not accelerator.is_main_process:
+        return 0
+    draw_all(laq, held_out, figures, folder=command.output_dir)
     cache.unlink()
     cache.with_suffix(".json").unlink()
     print(summary(read_json(command.output_dir / FINAL_METRICS), command.laq))

@@ -24,13 +24,15 @@ from typing import TYPE_CHECKING, Any
 from lerobot.configs.default import DatasetConfig
 
 from hlrp_core.codes.token_scheme import TokenSchemeConfig
+from hlrp_core.expectation import expect, expect_at_least, expect_folder_path
 from hlrp_core.prompting.prompt import PromptConfig
 from hlrp_core.training.config import CodeTrainingConfig
 from lerobot_hlrp.cli.command import run_command
-from lerobot_hlrp.expectation import expect
 from lerobot_hlrp.mixing import MixedDataset
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from hlrp_core.training import CodeTrainingResult
     from lerobot_hlrp.mixing import LabelledDataset
     from lerobot_hlrp.policy import HLRPPolicy
@@ -91,8 +93,14 @@ class TrainCodesCommand(CodeTrainingConfig):
     num_workers: int = 4
     # Held-out samples at most in an evaluation, of each dataset, spread over its held-out episodes; 0 for all of them.
     max_eval_samples: int = 1024
-    # By default the best there is; `cpu` is the other choice.
+    # `cpu`, `cuda`, `cuda:1`, ... By default the best there is, and with `accelerate launch` one for each process.
     device: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect_at_least("batch_size", 1, self.batch_size)
+        expect_at_least("num_workers", 0, self.num_workers)
+        expect_at_least("max_eval_samples", 0, self.max_eval_samples)
 
 
 def train(command: TrainCodesCommand) -> int:
@@ -100,11 +108,11 @@ def train(command: TrainCodesCommand) -> int:
     from lerobot.policies.factory import make_pre_post_processors
 
     from hlrp_core.training import train_codes
-    from hlrp_core.training.code_training import make_accelerator
     from lerobot_hlrp.mixing import mix_batches, read_held_out, read_training
 
     wanted = list_datasets(command)
-    accelerator = make_accelerator(command, cpu=command.device == "cpu")
+    expect_folder_path("output_dir", command.output_dir)
+    accelerator = open_accelerator(command)
     policy, datasets = open_datasets(command, wanted, device=str(accelerator.device))
     loading: dict[str, Any] = {"num_workers": command.num_workers, "device": accelerator.device}
     shard = (accelerator.process_index, accelerator.num_processes)
@@ -141,6 +149,35 @@ def train(command: TrainCodesCommand) -> int:
     if accelerator.is_main_process and result.is_finished:
         _report(result)
     return 0 if result.is_finished else 130
+
+
+def open_accelerator(command: TrainCodesCommand) -> Accelerator:
+    """On the device that the command names.
+
+    Raises:
+        ValueError: there is none such, or accelerate has chosen another one.
+    """
+    import torch
+
+    from hlrp_core.training.code_training import make_accelerator
+    from lerobot_hlrp.devices import choose_device, is_same_device
+
+    if command.device is None:
+        return make_accelerator(command)
+    wanted = choose_device(command.device)
+    if wanted.index is not None:  # a single process computes on the current one
+        torch.accelerator.set_device_index(wanted.index)
+    accelerator = make_accelerator(command, cpu=wanted.type == "cpu")
+    # with several processes `cuda` is the kind of device, of which each has its own
+    is_kind = wanted.index is None and accelerator.num_processes > 1
+    expect(
+        wanted.type == accelerator.device.type if is_kind else is_same_device(wanted, accelerator.device),
+        "device",
+        f"{accelerator.device}, which accelerate has chosen",
+        command.device,
+        "Leave --device out, and choose devices with `accelerate launch` and CUDA_VISIBLE_DEVICES.",
+    )
+    return accelerator
 
 
 def list_datasets(command: TrainCodesCommand) -> list[MixedDataset]:
@@ -188,6 +225,7 @@ def open_datasets(
     Raises:
         ValueError: a dataset, its labels and the others' do not fit each other.
     """
+    from lerobot_hlrp.dataset_folder import load_metadata
     from lerobot_hlrp.foundation_batches import load_datasets
     from lerobot_hlrp.mixing import (
         LabelledDataset,
@@ -197,7 +235,7 @@ def open_datasets(
         open_reader,
         settle_frame_gap,
     )
-    from lerobot_hlrp.policy_types import load_metadata, make_code_policy
+    from lerobot_hlrp.policy_types import make_code_policy
 
     policy, opened = None, []
     for settings in wanted:

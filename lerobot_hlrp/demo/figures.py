@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -10,7 +11,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from lerobot_hlrp.demo.runner import CONTINUED
 
 INK, GRID = "#22303c", "#d9dee3"
 COLOURS = {"codes": "#2f6db5", "actions": "#c8553d", "baseline": "#8a949e", "success": "#2e8b57"}
@@ -18,37 +22,58 @@ COLOURS = {"codes": "#2f6db5", "actions": "#c8553d", "baseline": "#8a949e", "suc
 # `step:1K smpl:32K ... loss:0.612 grdn:0.5 lr:1.0e-03 ... code_accuracy:0.31`, as lerobot-train logs it
 _LOGGED = re.compile(r"([A-Za-z_/]+):([-+0-9.eE]+)([KMB]?)")
 _SCALE = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}
+_CONTINUED = re.compile(f"^{CONTINUED} from step ([0-9]+)$")
+_SUCCESS = re.compile(r"Suite overall aggregated:.*?'pc_success': ([0-9.]+)")
 
 
 def read_training_log(text: str, *, log_freq: int) -> dict[str, list[float]]:
     """Curves from what `lerobot-train` prints.
 
     Args:
-        text: its output, progress bars and all.
+        text: its output, progress bars and all, with a `CONTINUED` line wherever it went on from a checkpoint.
         log_freq: steps between two lines; their printed step is rounded, so steps are counted instead.
 
     Returns:
         Series by name; `step` is among them.
     """
-    curves: dict[str, list[float]] = {"step": []}
-    for line in re.split(r"[\r\n]", text):
+
+    def read_line(line: str) -> dict[str, float]:
         if "loss:" not in line or "grdn:" not in line:
-            continue
-        found = {name: float(value) * _SCALE[unit] for name, value, unit in _LOGGED.findall(line.split("] ")[-1])}
-        curves["step"].append(log_freq * (len(curves["step"]) + 1))
-        for name, value in found.items():
-            if name != "step":
-                curves.setdefault(name, []).append(value)
-    return {name: series for name, series in curves.items() if len(series) == len(curves["step"])}
+            return {}
+        return {name: float(value) * _SCALE[unit] for name, value, unit in _LOGGED.findall(line.split("] ")[-1])}
+
+    rows = _read_rows(text, read_line, every=log_freq)
+    names = [name for name in (rows[0] if rows else {}) if all(name in row for row in rows)]
+    return {"step": []} | {name: [row[name] for row in rows] for name in names}
 
 
 def read_success_log(text: str, *, eval_freq: int) -> dict[str, list[float]]:
-    """Success shares that `lerobot-train` measured while training: `step` and `success`."""
-    shares = [float(value) / 100 for value in re.findall(r"Suite overall aggregated:.*?'pc_success': ([0-9.]+)", text)]
-    return {"step": [eval_freq * (i + 1) for i in range(len(shares))], "success": shares}
+    """Success shares that `lerobot-train` measured while training: `step` and `success`. Arguments as above."""
+
+    def read_line(line: str) -> dict[str, float]:
+        found = _SUCCESS.search(line)
+        return {"success": float(found[1]) / 100} if found else {}
+
+    rows = _read_rows(text, read_line, every=eval_freq)
+    return {name: [row[name] for row in rows] for name in ("step", "success")}
 
 
-def _axes(width: float = 5.2, height: float = 3.2, columns: int = 1) -> tuple[Figure, list[plt.Axes]]:
+def _read_rows(text: str, read_line: Callable[[str], dict[str, float]], *, every: int) -> list[dict[str, float]]:
+    """What a training printed at each multiple of `every` steps, once each: where it went on from a checkpoint, the
+    continuation counts and not what came after that checkpoint before."""
+    rows: list[dict[str, float]] = []
+    step = 0
+    for line in re.split(r"[\r\n]", text):
+        if continued := _CONTINUED.match(line):
+            step = int(continued[1])
+            rows = [row for row in rows if row["step"] <= step]
+        elif values := read_line(line):
+            step = (step // every + 1) * every
+            rows.append({**values, "step": step})
+    return rows
+
+
+def _axes(width: float = 5.2, height: float = 3.2, columns: int = 1) -> tuple[Figure, list[Axes]]:
     figure, axes = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False, layout="constrained")
     for axis in axes[0]:
         axis.grid(color=GRID, linewidth=0.8)

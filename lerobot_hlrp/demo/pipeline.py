@@ -208,13 +208,17 @@ class Pipeline:
     def _train_step(self, stage: str, title: str, command: list[str], *, words: bool) -> Step:
         folder = self.training(stage, words=words)
         config = self.checkpoint(stage, words=words) / "train_config.json"
+        state = config.parents[1] / "training_state" / "training_step.json"
 
         def resume() -> list[str] | None:
-            if not config.is_file():
+            if not (config.is_file() and state.is_file()):
                 return None
             return ["lerobot-train", f"--config_path={config}", "--resume=true"]
 
-        return Step(folder.name, title if words else f"{title}, without words", command, folder, resume)
+        def reached() -> int:
+            return json.loads(state.read_text())["step"]
+
+        return Step(folder.name, title if words else f"{title}, without words", command, folder, resume, reached)
 
     def _training_flags(self, training: Training, folder: Path) -> list[str]:
         flags = [f"--output_dir={folder}", f"--steps={training.steps}", f"--batch_size={training.batch_size}"]

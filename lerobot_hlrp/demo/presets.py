@@ -93,7 +93,7 @@ PRESETS = {
         frame_gap=3,
         laq_steps=1200,
         first_codes=Training(steps=2000, batch_size=64, lr=1e-3, warmup=100, save_freq=500),
-        codes=Training(steps=8000, batch_size=64, lr=1e-3, warmup=100, save_freq=1000),
+        codes=Training(steps=5000, batch_size=64, lr=1e-3, warmup=100, save_freq=1000),
         actions=Training(steps=800, batch_size=64, lr=1e-3, warmup=50, save_freq=200, eval_freq=200),
         eval_episodes=50,
         without_words=True,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hlrp_core.bundle import write_json
+from hlrp_core.run_folder import write_json
 from hlrp_tabletop import TabletopEnv
 from lerobot_hlrp.demo import figures
 from lerobot_hlrp.demo.pipeline import LOG_FREQ, Pipeline

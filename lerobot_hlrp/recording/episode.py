@@ -78,5 +78,5 @@ def _require_finite(name: str, values: np.ndarray, seed: int, step: int) -> None
     if not np.isfinite(values).all():
         raise ValueError(
             f"{name} at step {step} of the episode with seed {seed}: expected finite numbers, got {values.tolist()}. "
-            "The environment or its expert is broken for this seed; record with another --seed."
+            "The environment or its expert is broken for this seed. Next step: Record with another --seed."
         )

@@ -46,12 +46,14 @@ class Manifest:
         if not path.is_file():
             raise ValueError(
                 f"--dataset.root={root}: expected a new folder, or one that hlrp-record began; got a folder without "
-                f"{MANIFEST_PATH}. Choose another folder, or delete this one."
+                f"{MANIFEST_PATH}. Next step: Choose another folder, or delete this one."
             )
         content = json.loads(path.read_text())
         version = content.pop("schema_version", None)
         if version != SCHEMA_VERSION:
-            raise ValueError(f"{path}: expected schema version {SCHEMA_VERSION}, got {version}. Record it anew.")
+            raise ValueError(
+                f"{path}: expected schema version {SCHEMA_VERSION}, got {version}. Next step: Record it anew."
+            )
         return cls(**content)
 
     def require_settings(self, settings: dict[str, Any], root: Path) -> None:
@@ -62,6 +64,6 @@ class Manifest:
                 f"{name}: expected {self.settings.get(name)!r}, got {settings.get(name)!r}" for name in names
             )
             raise ValueError(
-                f"{root} was begun with other settings ({differences}). Repeat the command it was begun with to go on, "
-                "or choose another --dataset.root."
+                f"{root} was begun with other settings ({differences}). Next step: Repeat the command it was begun "
+                "with to go on, or choose another --dataset.root."
             )

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from hlrp_core.expectation import expect_choice
 from lerobot_hlrp.recording.episode import ExpertEnv
 
 _FIRST_UNFIT_MUJOCO = (3, 17)
@@ -49,18 +50,15 @@ def make_expert_envs(tasks: str, gym_kwargs: dict[str, Any]) -> tuple[list[str],
         names += DIFFICULTY_TO_TASKS.get(group.strip(), [group.strip().removeprefix("metaworld-")])
     for name in names:
         if name not in TASK_DESCRIPTIONS:
-            raise ValueError(
-                f"--env.task: expected a Meta-World task ({', '.join(sorted(TASK_DESCRIPTIONS))}) or a difficulty "
-                f"group ({', '.join(DIFFICULTY_TO_TASKS)}), got {name!r}."
-            )
+            expect_choice("--env.task", name, [*DIFFICULTY_TO_TASKS, *sorted(TASK_DESCRIPTIONS)])
     envs: list[ExpertEnv] = [MetaworldExpertEnv(task=name, **gym_kwargs) for name in names]
     try:
         envs[0].reset(seed=0)
     except Exception as error:  # MuJoCo's and OpenGL's own errors have no common class
         raise ValueError(
             f"Meta-World: expected off-screen OpenGL for MuJoCo, got {type(error).__name__}: {error} "
-            f"(MUJOCO_GL={os.environ['MUJOCO_GL']}). Without a display: MUJOCO_GL=egl with the system packages libegl1 "
-            "libgl1 libgl1-mesa-dri (Debian, Ubuntu), or MUJOCO_GL=osmesa with libosmesa6."
+            f"(MUJOCO_GL={os.environ['MUJOCO_GL']}). Next step: Without a display, use MUJOCO_GL=egl with the system "
+            "packages libegl1 libgl1 libgl1-mesa-dri (Debian, Ubuntu), or MUJOCO_GL=osmesa with libosmesa6."
         ) from error
     return names, envs
 
@@ -72,11 +70,11 @@ def _require_mujoco() -> None:
     except importlib.metadata.PackageNotFoundError as error:
         raise ValueError(
             f"--env.type=metaworld: expected the package {error.name}, got none. "
-            "Install it: pip install 'lerobot_policy_hlrp[metaworld]'"
+            "Next step: Install it: pip install 'lerobot_policy_hlrp[metaworld]'"
         ) from error
     version = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
     if version >= _FIRST_UNFIT_MUJOCO:
         raise ValueError(
             f"--env.type=metaworld: Meta-World 3.0.0 expects mujoco before 3.17, got {found}. "
-            "Install it: pip install 'mujoco<3.17'"
+            "Next step: Install it: pip install 'mujoco<3.17'"
         )

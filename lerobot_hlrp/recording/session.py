@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
 
+from hlrp_core.expectation import expect, expect_at_least, expect_folder_path
+from hlrp_core.run_folder import StopRequest
 from lerobot_hlrp.recording.episode import RecordingStopped, record_episode
 from lerobot_hlrp.recording.layout import DatasetLayout
 from lerobot_hlrp.recording.manifest import FIRST_RECORDING_SEED, MANIFEST_PATH, Manifest
@@ -35,12 +33,11 @@ class RecordingPlan:
     keep_failures: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_episodes < 1:
-            raise ValueError(f"--episodes: expected at least 1, got {self.num_episodes}.")
-        if self.seed < 0:
-            raise ValueError(f"--seed: expected 0 or more, got {self.seed}.")
-        if not 0 <= self.noise <= 1:
-            raise ValueError(f"--noise: expected a standard deviation from 0 to 1, in action units, got {self.noise}.")
+        expect_at_least("--episodes", 1, self.num_episodes)
+        expect_at_least("--seed", 0, self.seed)
+        is_noise = 0 <= self.noise <= 1
+        usual = "Use 0 for none, or about 0.3."
+        expect(is_noise, "--noise", "a standard deviation from 0 to 1, in action units", self.noise, usual)
 
     def settings(self, source: Source) -> dict[str, Any]:
         """Everything that the frames depend on, and nothing else."""
@@ -68,7 +65,7 @@ def record(plan: RecordingPlan, source: Source) -> tuple[Manifest, bool]:
     if manifest.num_episodes == plan.num_episodes:
         return manifest, True
     writer = SegmentWriter(plan.root, plan.layout, manifest)
-    with _stop_flag() as stop, _progress_bar(plan, manifest) as bar:
+    with StopRequest() as stop, _progress_bar(plan, manifest) as bar:
         try:
             _record_episodes(plan, source, writer, stop, bar)
         except RecordingStopped:
@@ -81,13 +78,13 @@ def record(plan: RecordingPlan, source: Source) -> tuple[Manifest, bool]:
     return manifest, True
 
 
-def _record_episodes(plan: RecordingPlan, source: Source, writer: SegmentWriter, stop: _Stop, bar: tqdm) -> None:
+def _record_episodes(plan: RecordingPlan, source: Source, writer: SegmentWriter, stop: StopRequest, bar: tqdm) -> None:
     manifest = writer.manifest
     failures_in_a_row = 0
     while manifest.num_episodes < plan.num_episodes:
         env = source.envs[manifest.num_episodes % len(source.envs)]
         seed = manifest.next_seed
-        episode = record_episode(env, seed, plan.noise, stop.is_set)
+        episode = record_episode(env, seed, plan.noise, lambda: stop.requested)
         if episode.is_success or plan.keep_failures:
             writer.add_episode(episode, seed)
             bar.update()
@@ -97,20 +94,21 @@ def _record_episodes(plan: RecordingPlan, source: Source, writer: SegmentWriter,
         if failures_in_a_row >= _MAX_FAILURES_IN_A_ROW:
             raise ValueError(
                 f"The expert failed {failures_in_a_row} times in a row ({episode.task!r}, last seed {seed}), which is "
-                "more than bad luck. Try less --noise, or a longer --env.episode_length."
+                "more than bad luck. Next step: Try less --noise, or a longer --env.episode_length."
             )
         bar.set_postfix(frames=manifest.num_frames, failed=len(manifest.failed_seeds), refresh=False)
 
 
 def _open_manifest(plan: RecordingPlan, source: Source) -> Manifest:
     settings = plan.settings(source)
+    expect_folder_path("--dataset.root", plan.root)
     if plan.root.exists() and any(plan.root.iterdir()):
         manifest = Manifest.load(plan.root)
         manifest.require_settings(settings, plan.root)
         if manifest.num_episodes > plan.num_episodes:
             raise ValueError(
                 f"--episodes: expected at least the {manifest.num_episodes} that {plan.root} already holds, got "
-                f"{plan.num_episodes}. Choose another --dataset.root for a smaller dataset."
+                f"{plan.num_episodes}. Next step: Choose another --dataset.root for a smaller dataset."
             )
         return manifest
     first_seed = FIRST_RECORDING_SEED + plan.seed
@@ -119,32 +117,6 @@ def _open_manifest(plan: RecordingPlan, source: Source) -> Manifest:
 
 def _progress_bar(plan: RecordingPlan, manifest: Manifest) -> tqdm:
     return tqdm(total=plan.num_episodes, initial=manifest.num_episodes, desc="Recording", unit="episode")
-
-
-class _Stop:
-    """Set by the first signal; the second one interrupts."""
-
-    def __init__(self) -> None:
-        self._is_set = False
-
-    def is_set(self) -> bool:
-        return self._is_set
-
-    def handle(self, _signal: int, _frame: FrameType | None) -> None:
-        if self._is_set:
-            raise KeyboardInterrupt
-        self._is_set = True
-
-
-@contextmanager
-def _stop_flag() -> Iterator[_Stop]:
-    stop = _Stop()
-    previous = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def summary(plan: RecordingPlan, manifest: Manifest) -> str:

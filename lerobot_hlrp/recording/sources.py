@@ -8,6 +8,7 @@ from typing import Any
 
 from lerobot.envs.configs import EnvConfig
 
+from hlrp_core.expectation import expect
 from lerobot_hlrp.recording.episode import ExpertEnv
 
 
@@ -31,19 +32,16 @@ class Source:
 
 def make_source(config: EnvConfig) -> Source:
     """Raises ValueError for an environment without an expert, and for one that cannot run here."""
-    build = _SOURCES.get(config.type)
-    if build is None:
-        raise ValueError(
-            f"--env.type: expected an environment with a scripted expert ({', '.join(_SOURCES)}), got {config.type!r}."
-        )
-    return build(config)
+    choices = f"an environment with a scripted expert ({', '.join(_SOURCES)})"
+    expect(config.type in _SOURCES, "--env.type", choices, repr(config.type), "Set --env.type to one of these.")
+    return _SOURCES[config.type](config)
 
 
 def _tabletop_source(config: Any) -> Source:
     if config.instructions == "shuffled":
         raise ValueError(
             "--env.instructions: expected true or none, got 'shuffled': words of another object would teach the wrong "
-            "thing. Shuffled instructions are for evaluation."
+            "thing. Next step: Leave it out; shuffled instructions are for evaluation."
         )
     size = config.image_size
     return Source(
@@ -61,7 +59,9 @@ def _metaworld_source(config: Any) -> Source:
     from lerobot_hlrp.recording.metaworld import make_expert_envs
 
     if config.obs_type != "pixels_agent_pos":
-        raise ValueError(f"--env.obs_type: expected 'pixels_agent_pos', got {config.obs_type!r}.")
+        raise ValueError(
+            f"--env.obs_type: expected 'pixels_agent_pos', got {config.obs_type!r}. Next step: Leave it out."
+        )
     names, envs = make_expert_envs(config.task, config.gym_kwargs)
     names_of_axes = ("x", "y", "z", "gripper")
     return Source(

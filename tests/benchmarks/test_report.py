@@ -27,7 +27,9 @@ SAMPLES = {
             "vocabulary": 9,
             "ours_ms": 1,
             "full_ms": 2,
+            "prompt_tokens": 84,
             "time_ratio": 2.0,
+            "time_ratio_torch": 1.5,
             "memory_ratio": 3.0,
         }
     ],

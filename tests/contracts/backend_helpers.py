@@ -17,6 +17,10 @@ from hlrp_core.registry import get_recipe
 CODES, ACTIONS, MULTITASK = BackendMode.CODES, BackendMode.ACTIONS, BackendMode.MULTITASK
 HEADS = sorted(ACTION_HEADS)
 ALL_HEADS = [None, *HEADS]
+# All that is not the default, at once: each backend reads its own.
+OTHER_SETTINGS = {"code_objective": "restricted", "latent_pooling": "query", "vector_objective": "flow"}
+# Every head with the usual settings, and one with the others.
+HEADS_AND_SETTINGS = [*[(head, {}) for head in ALL_HEADS], ("prefix_flow", OTHER_SETTINGS)]
 
 
 def total_loss(backend: ComposedBackend, batch: FoundationBatch, mode: BackendMode, seed: int = 0) -> LossOutput:

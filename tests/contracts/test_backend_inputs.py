@@ -10,6 +10,7 @@ from backend_helpers import (
     ACTIONS,
     ALL_HEADS,
     CODES,
+    HEADS_AND_SETTINGS,
     assert_unchanged,
     conditioning_of,
     predicted,
@@ -27,9 +28,10 @@ from hlrp_core.contract import ActionBatch
 # -- only frame t reaches the student ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head", ALL_HEADS)
-def test_other_frames_change_nothing(build, head):
-    backend = build(head).train()
+@pytest.mark.usefixtures("alike_noise")
+@pytest.mark.parametrize(("head", "settings"), HEADS_AND_SETTINGS)
+def test_other_frames_change_nothing(build, head, settings):
+    backend = build(head, **settings).train()
     batch = fake_batch(backend, num_frames=3)
     frames = batch.frames.clone()
     frames[:, 1:] = 255 - frames[:, 1:]
@@ -76,20 +78,23 @@ def test_labels_change_no_prediction(name, build):
 # -- batches ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head", ALL_HEADS)
-def test_order_and_size_of_the_batch_change_nothing(build, head):
-    backend = build(head).eval()
+@pytest.mark.usefixtures("alike_noise")
+@pytest.mark.parametrize(("head", "settings"), HEADS_AND_SETTINGS)
+def test_order_and_size_of_the_batch_change_nothing(build, head, settings):
+    backend = build(head, **settings).eval()
     batch = fake_batch(backend, batch_size=4)
     noise = torch.randn(4, 4, 2)
     order = [3, 1, 0, 2]
     codes = predicted(backend.latent_from_batch(batch, mode=CODES))
-    per_sample = total_loss(backend, batch, CODES).per_sample
+    per_sample = {mode: total_loss(backend, batch, mode).per_sample for mode in backend.modes}
     for rows in (order, [2], [0, 3]):
         part = rows_of(batch, rows)
         torch.testing.assert_close(
             predicted(backend.latent_from_batch(part, mode=CODES)), codes[rows], rtol=0, atol=1e-4
         )
-        torch.testing.assert_close(total_loss(backend, part, CODES).per_sample, per_sample[rows], rtol=0, atol=1e-4)
+        for mode, whole in per_sample.items():
+            losses = total_loss(backend, part, mode).per_sample
+            torch.testing.assert_close(losses, whole[rows], rtol=0, atol=1e-4)
     if head is not None:
         actions = backend.predict_action_chunk(batch, sampling=SamplingOptions(noise=noise)).actions
         for rows in (order, [2], [0, 3]):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from backend_helpers import ACTIONS, CODES, HEADS, MULTITASK, gradients, rows_of, total_loss
+from backend_helpers import ACTIONS, CODES, HEADS, MULTITASK, OTHER_SETTINGS, gradients, rows_of, total_loss
 
 from hlrp_core import (
     BackendMode,
@@ -51,13 +51,13 @@ def test_codes_of_another_length_are_errors(build):
         backend.loss_from_batch(replace(batch, target_codes=torch.zeros(3, 5, dtype=torch.long)), mode=CODES)
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_nan_fillers_of_unlabelled_samples_do_no_harm(build, head):
-    backend = build(head).train()
+@pytest.mark.parametrize(("head", "settings"), [*[(head, {}) for head in HEADS], ("prefix_flow", OTHER_SETTINGS)])
+def test_nan_fillers_of_unlabelled_samples_do_no_harm(build, head, settings):
+    backend = build(head, **settings).train()
     batch = fake_batch(backend)
     valid = torch.tensor([True, False, True])
-    actions, state = batch.actions.clone(), batch.state
-    actions[1] = float("nan")
+    actions, state = batch.actions.clone(), batch.state.clone()
+    actions[1] = state[1] = float("nan")
     filled = replace(batch, actions=actions, action_valid=valid, state=state)
     for mode in (ACTIONS, MULTITASK):
         output = total_loss(backend, filled, mode)
@@ -72,8 +72,24 @@ def test_nan_fillers_of_unlabelled_samples_do_no_harm(build, head):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_a_batch_with_none_of_a_kind_gives_that_loss_weight_zero(build, head):
-    backend = build(head).train()
+def test_a_broken_state_of_a_labelled_sample_is_an_error(build, head):
+    backend = build(head, code_source="teacher")
+    batch = fake_batch(backend)
+    state = batch.state.clone()
+    state[1, 0], state[2, 2] = float("inf"), float("nan")
+    broken = replace(batch, state=state, action_valid=torch.tensor([True, True, False]))
+    for mode in (ACTIONS, MULTITASK):
+        with pytest.raises(ValueError, match=r"state: expected finite numbers.* in samples \[1\].*Next step"):
+            backend.loss_from_batch(broken, mode=mode)
+    assert backend.loss_from_batch(broken, mode=CODES).loss.isfinite()
+    if backend.action_head.needs_codes:  # without a teacher's code the action does not supervise
+        unlabelled = replace(broken, codes_valid=torch.tensor([True, False, True]))
+        assert backend.loss_from_batch(unlabelled, mode=ACTIONS).loss.isfinite()
+
+
+@pytest.mark.parametrize(("head", "settings"), [*[(head, {}) for head in HEADS], ("prefix_flow", OTHER_SETTINGS)])
+def test_a_batch_with_none_of_a_kind_gives_that_loss_weight_zero(build, head, settings):
+    backend = build(head, **settings).train()
     batch = fake_batch(backend)
     nothing = torch.zeros(3, dtype=torch.bool)
     no_codes, no_actions = replace(batch, codes_valid=nothing), replace(batch, action_valid=nothing)

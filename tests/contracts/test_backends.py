@@ -24,6 +24,7 @@ from backend_helpers import (
 
 from hlrp_core import ActionPolicyBackend, BackendMode, UnsupportedModeError, VLABackend
 from hlrp_core.backends.fake_batch import fake_batch
+from hlrp_core.heads.code_tokens import CodeTokenHead
 from hlrp_core.registry import get_recipe
 
 # -- protocol and modes -----------------------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ def test_every_mode_it_names_and_no_other(name, build, head):
 def test_mode_must_be_said(build):
     with pytest.raises(TypeError):
         build().loss_from_batch(fake_batch(build()))
-    with pytest.raises(ValueError, match="kodes"):
+    with pytest.raises(ValueError, match=r"expected one of codes, .*got 'kodes'.*Did you mean 'codes'"):
         build().loss_from_batch(fake_batch(build()), mode="kodes")
 
 
@@ -198,11 +199,20 @@ def test_multitask_encodes_the_prefix_once(name, build):
 
 @pytest.mark.parametrize("decoding", ["generate", "free"])
 def test_code_conditioned_heads_and_decodings(name, build, decoding):
-    if decoding == "free":
-        with pytest.raises(ValueError, match="constrained"):
+    """Only where codes are written as tokens they are decoded, and may then be none or without a distribution."""
+    writes_tokens = isinstance(build().code_head, CodeTokenHead)
+    if decoding == "free" and writes_tokens:
+        with pytest.raises(ValueError, match=r"decoding: expected 'constrained'.*Next step"):
             build("mlp", decoding="free")
     else:
-        backend = build("mlp", decoding="generate")
+        backend = build("mlp", decoding=decoding)
         assert backend.predict_action_chunk(fake_batch(backend)).actions.shape == (3, 4, 2)
-    with pytest.raises(ValueError, match="'vector'" if get_recipe(name).predicts_vectors else "constrained"):
-        build("flow", code_conditioning="soft", decoding=decoding)
+    if writes_tokens:
+        with pytest.raises(ValueError, match=r"expected .*'constrained'.*Next step"):
+            build("flow", code_conditioning="soft", decoding=decoding)
+    elif get_recipe(name).predicts_vectors:
+        with pytest.raises(ValueError, match="'vector'"):
+            build("flow", code_conditioning="soft", decoding=decoding)
+    else:
+        backend = build("flow", code_conditioning="soft", decoding=decoding)
+        assert backend.predict_action_chunk(fake_batch(backend)).actions.shape == (3, 4, 2)

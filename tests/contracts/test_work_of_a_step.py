@@ -1,11 +1,11 @@
-"""What a training step does outside the model, of every backend: each image once, and nothing known anew."""
+"""What a training step does, of every backend: each image once, nothing known anew, and nothing that no one reads."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 import pytest
-from backend_helpers import MULTITASK
+from backend_helpers import ACTIONS, HEADS, MULTITASK, total_loss
 
 from hlrp_core.backends.fake_batch import fake_batch
 
@@ -53,3 +53,25 @@ def test_positions_and_vision_tables_are_computed_once(counted):
         backend.loss_from_batch(fake_batch(backend, seed=seed), mode=MULTITASK)
     for name in ("build_positions", "_interpolation_table"):
         assert counts[name] == first[name], name
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_backbone_that_no_one_reads_does_not_run(build, head, monkeypatch):
+    """A head on teacher codes alone is trained without it; with any other head or mode it runs."""
+    backend = build(head, code_source="teacher").train()
+    batch, runs = fake_batch(backend), []
+    backend.core.register_forward_pre_hook(lambda *_: runs.append("core"))
+    encode = backend.prompting.encode
+    monkeypatch.setattr(
+        backend.prompting, "encode", lambda *args, **kwargs: runs.append("prompt") or encode(*args, **kwargs)
+    )
+    total_loss(backend, batch, ACTIONS).loss.backward()
+    assert runs == (["prompt", "core"] if backend.action_head.needs_prefix else [])
+    runs.clear()
+    total_loss(backend, batch, MULTITASK)
+    assert runs == ["prompt", "core"]
+    predicted = build(head).train()  # code_source=predicted
+    predicted.core.register_forward_pre_hook(lambda *_: runs.append("core"))
+    runs.clear()
+    total_loss(predicted, batch, ACTIONS)
+    assert "core" in runs

@@ -7,8 +7,10 @@ from itertools import product
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from hlrp_core.backends.composed import ComposedBackend
+from hlrp_core.backends.fake_batch import fake_batch
 from hlrp_core.codes.decoding import make_decoder
 from hlrp_core.codes.token_scheme import TokenSchemeConfig
 from hlrp_core.contract import BackendMode, FoundationBatch, SamplingOptions
@@ -43,7 +45,10 @@ def fit(backend: ComposedBackend, *, steps: int = 36) -> FoundationBatch:
 
 @pytest.fixture(scope="module")
 def build(make_tiny_backend: Callable) -> Callable[..., ComposedBackend]:
-    return lambda name, **settings: make_tiny_backend(name, image_size=IMAGE_SIZE[get_recipe(name).family], **settings)
+    def build(name: str, head: str | None = None, **settings) -> ComposedBackend:
+        return make_tiny_backend(name, head, image_size=IMAGE_SIZE[get_recipe(name).family], **settings)
+
+    return build
 
 
 @pytest.fixture(scope="module", params=["qwen_chat", "smol_chat"])
@@ -85,6 +90,30 @@ def test_constrained_equals_generate(name, code_seq_len, codebook_size, separato
     assert gap > SMALLEST_GAP
     assert torch.equal(fast.tokens, slow.tokens)
     assert torch.equal(fast.tokens, fast.logits.argmax(-1))
+
+
+CHECKPOINT_SETTINGS: dict[str, Callable[[list[int]], dict]] = {  # of the ids of the codes
+    "a penalty": lambda _: {"repetition_penalty": 1.3},
+    "no repetition": lambda _: {"no_repeat_ngram_size": 3},
+    "beams": lambda _: {"num_beams": 4},
+    "forbidden tokens": lambda ids: {"suppress_tokens": ids[:4]},
+    "sampling": lambda _: {"do_sample": True, "temperature": 5.0, "min_p": 0.5},
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINT_SETTINGS)
+def test_generate_ignores_what_the_checkpoint_sets_for_chat(kind, fitted, monkeypatch):
+    backend, batch = fitted
+    of_checkpoint = GenerationConfig(**CHECKPOINT_SETTINGS[kind](backend.code_head.vocabulary.code_ids.tolist()))
+    monkeypatch.setattr(backend.core.model, "generation_config", of_checkpoint)
+    slow = decode(backend, "generate", batch)
+    assert torch.equal(slow.tokens, decode(backend, "constrained", batch).tokens)
+    assert backend.core.model.generation_config is of_checkpoint  # which travels with a saved backend
+
+
+def test_an_unknown_decoding_offers_the_closest(fitted):
+    with pytest.raises(ValueError, match=r"decoding: expected one of .*Did you mean 'constrained'\? Next step"):
+        make_decoder("constraint", fitted[0].code_head.vocabulary)
 
 
 def test_a_batch_of_mixed_lengths_decodes_like_each_sample_alone(fitted):
@@ -135,6 +164,22 @@ def test_codes_from_a_shared_prefix_equal_codes_decoded_alone(fitted):
         from_shared = backend.code_head.predict(backend.core, inputs, SamplingOptions(), encoding=shared)
     torch.testing.assert_close(from_prefix.logits, alone.logits, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(from_shared.logits, alone.logits, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [BackendMode.ACTIONS, BackendMode.MULTITASK])
+@pytest.mark.parametrize("name", ["qwen_chat", "smol_plain"])
+def test_codes_to_learn_actions_from_are_the_same_with_gradient_checkpointing(name, mode, build: Callable):
+    """There is no cache of the training step to decode from then."""
+    backend = build(name, "mlp", code_conditioning="soft").train()
+    batch = fake_batch(backend, image_side=24)
+    expected = backend.loss_from_batch(batch, mode=mode)
+    backend.core.model.gradient_checkpointing_enable()
+    got = backend.loss_from_batch(batch, mode=mode)
+    torch.testing.assert_close(got.per_sample, expected.per_sample, rtol=1e-5, atol=1e-5)
+    got.loss.backward()
+    assert all(p.grad.isfinite().all() for p in backend.action_head.parameters())
+    if mode == BackendMode.MULTITASK:
+        assert backend.core.model.get_input_embeddings().weight.grad.abs().sum() > 0
 
 
 def test_sampling_follows_the_distribution_and_its_generator(fitted):

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from hlrp_core.backbones.qwen3_vl_vision import optimize_vision_tower
@@ -109,6 +110,31 @@ def test_a_table_made_under_inference_mode_serves_training(make_tiny_backend):
     for tower in (ours, theirs):
         run(tower, pixels, grids)[0].square().mean().backward()
     torch.testing.assert_close(ours.pos_embed.weight.grad, theirs.pos_embed.weight.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["equal", "same length, other shape", "frames"])
+def test_nothing_waits_for_the_device_once_the_tables_are_there(name, make_tiny_backend):
+    """On a GPU each number that the host reads from a tensor stops it until all work before is done."""
+    _, ours = build_towers(make_tiny_backend)
+    pixels, grids = patches(ours, GRIDS[name]), GRIDS[name]
+    expected = run(ours, pixels, grids)
+    with NumbersRead() as read:
+        got = run(ours, pixels, grids)
+    assert read.count == 0
+    assert all(torch.equal(one, other) for one, other in zip(expected, got, strict=True))
+    with NumbersRead() as read:
+        assert bool(got[0].isfinite().all())
+    assert read.count == 1
+
+
+class NumbersRead(TorchDispatchMode):
+    """Counts how often the host reads a number of a tensor, such as by `bool` or `item`."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
 
 
 def test_the_kept_tables_are_bounded(make_tiny_backend):

@@ -267,6 +267,13 @@ def test_truncated_or_altered_weights(folder):
             load_backend(folder)
 
 
+def test_weights_that_are_no_safetensors(folder):
+    (folder / WEIGHTS).write_bytes(b"no weights")
+    edit_manifest(folder, lambda m: m.update(weights=hashlib.sha256(b"no weights").hexdigest()))
+    with pytest.raises(BundleError, match=WEIGHTS + ": expected a safetensors file.*Next step"):
+        load_backend(folder)
+
+
 def save_as_if_whole(tensors: dict, folder: Path) -> None:
     save_file(tensors, folder / WEIGHTS)
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()

@@ -69,8 +69,22 @@ def test_required_and_optional_fields():
 def test_wrong_foundation_fields(field, value, got):
     fields = {"frames": FRAMES, "instructions": WORDS, "target_codes": CODES, "codes_valid": YES}
     for kind in (FoundationBatch, ActionBatch):
-        with pytest.raises(ValueError, match=rf"{field}: expected .*, got .*{got}"):
+        with pytest.raises(ValueError, match=rf"{field}: expected .*, got .*{got}.*\. Next step: [a-z]"):
             kind(**{**fields, field: value})
+
+
+@pytest.mark.parametrize(
+    ("value", "next_step"),
+    [
+        (FRAMES.movedim(-1, 2), r"movedim\(-3, -1\)"),
+        (FRAMES.float(), r"round\(\).to\(torch.uint8\)"),
+        (FRAMES[:, 0], r"x\[:, None\]"),
+        (FRAMES.numpy(), r"torch.as_tensor"),
+    ],
+)
+def test_the_next_step_for_frames(value, next_step):
+    with pytest.raises(ValueError, match=rf"frames: expected .*Next step: .*{next_step}"):
+        FoundationBatch(value, WORDS)
 
 
 @pytest.mark.parametrize(
@@ -89,21 +103,21 @@ def test_wrong_foundation_fields(field, value, got):
     ],
 )
 def test_wrong_action_fields(field, value, got):
-    with pytest.raises(ValueError, match=rf"{field}: expected .*, got .*{got}"):
+    with pytest.raises(ValueError, match=rf"{field}: expected .*, got .*{got}.*\. Next step: [a-z]"):
         ActionBatch(FRAMES, WORDS, **{"actions": ACTIONS, field: value})
 
 
 def test_wrong_views():
     for view in (FRAMES, FRAMES[:, 0].float(), FRAMES[:1, 0], FRAMES[:, 0, ..., :1]):
-        with pytest.raises(ValueError, match="view 'wrist': expected uint8 tensor"):
+        with pytest.raises(ValueError, match=r"view 'wrist': expected uint8 tensor.*Next step"):
             ActionBatch(FRAMES, WORDS, views={"wrist": view})
     ActionBatch(FRAMES, WORDS, views={"wrist": torch.zeros(B, 9, 9, 3, dtype=torch.uint8)})  # its own size
 
 
 def test_masks_need_what_they_mask():
-    with pytest.raises(ValueError, match="codes_valid: expected target_codes"):
+    with pytest.raises(ValueError, match=r"codes_valid: expected target_codes.*Next step"):
         FoundationBatch(FRAMES, WORDS, codes_valid=YES)
-    with pytest.raises(ValueError, match="action_is_pad: expected actions"):
+    with pytest.raises(ValueError, match=r"action_is_pad: expected actions.*Next step"):
         ActionBatch(FRAMES, WORDS, action_is_pad=torch.zeros(B, C, dtype=torch.bool))
 
 
@@ -125,8 +139,10 @@ def test_batches_are_frozen():
 def test_every_mode_has_its_objectives():
     assert set(OBJECTIVES) == set(BackendMode)
     assert BackendMode("codes") is BackendMode.CODES
-    with pytest.raises(ValueError, match="nothing"):
-        BackendMode("nothing")
+    with pytest.raises(ValueError, match=r"mode: expected one of codes, actions, multitask, got 'kodes'.*mean 'codes'"):
+        BackendMode("kodes")
+    with pytest.raises(ValueError, match=r"got 7\. Next step: Choose one of these\.$"):
+        BackendMode(7)
 
 
 def test_unsupported_mode_names_backend_mode_and_what_there_is():
@@ -139,5 +155,7 @@ def test_unsupported_mode_names_backend_mode_and_what_there_is():
 
 def test_sampling_options():
     assert SamplingOptions().temperature == 0
-    with pytest.raises(ValueError, match=r"temperature: expected 0 \(greedy\) or more, got -0.5"):
+    with pytest.raises(ValueError, match=r"temperature: expected 0 \(greedy\) or more, got -0.5. Next step"):
         SamplingOptions(temperature=-0.5)
+    with pytest.raises(ValueError, match=r"num_flow_steps: expected 1 or more, or None, got 0. Next step"):
+        SamplingOptions(num_flow_steps=0)

@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = {
+    "expectation": 0,
     "run_folder": 0,
     "contract": 0,
     "backbones": 1,

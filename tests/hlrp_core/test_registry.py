@@ -4,11 +4,14 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from hlrp_core import available_backends, make_backend, register_backend, registry
+from hlrp_core.backends.config import BackendConfig, Decoding
+from hlrp_core.codes.decoding import DECODERS
 from hlrp_core.heads import ActionHeadConfig
 from hlrp_core.registry import BackendRecipe, get_recipe
 
@@ -23,9 +26,10 @@ def test_the_documentation_lists_the_backends():
 
 @pytest.mark.parametrize(("wrong", "close"), [("qwen_chta", "qwen_chat"), ("qwenplain", "qwen_plain")])
 def test_an_unknown_name_offers_the_closest(wrong, close):
-    with pytest.raises(ValueError, match=rf"expected one of .*qwen_chat.*got '{wrong}'. Did you mean '{close}'"):
+    expected = rf"expected one of .*qwen_chat.*got '{wrong}'. Next step: .* Did you mean '{close}'"
+    with pytest.raises(ValueError, match=expected):
         make_backend(wrong, backbone="x", **SIZES)
-    with pytest.raises(ValueError, match=r"got 'zzzz'.$"):
+    with pytest.raises(ValueError, match=r"got 'zzzz'. Next step: Choose one of these.$"):
         get_recipe("zzzz")
 
 
@@ -82,22 +86,41 @@ def test_dtype(tiny_qwen):
         ({"code_seq_len": 0}, "code_seq_len: expected 1 or more, got 0"),
         ({"codes_loss_weight": -1.0}, "codes_loss_weight: expected 0 or more"),
         ({"code_source": "guess"}, "code_source: expected one of predicted, teacher, got 'guess'"),
-        ({"decoding": "magic"}, "decoding: expected one of constrained"),
+        ({"decoding": "constrain"}, "decoding: expected one of constrained, .*Did you mean 'constrained'"),
         (
             {"action_head": ActionHeadConfig(kind="mlp", code_conditioning="soft"), "decoding": "generate"},
             "code_conditioning=soft: expected decoding='constrained'",
         ),
-        ({"action_head": ActionHeadConfig(kind="mlpp", code_conditioning="tokens")}, "did you mean 'mlp'"),
+        ({"action_head": ActionHeadConfig(kind="mlpp", code_conditioning="tokens")}, "Did you mean 'mlp'"),
         ({"action_head": LAQ_HEAD}, r"code vectors of action head 'laq'.*got None.*code_vector_table"),
         ({"action_head": LAQ_HEAD, "code_vectors": torch.zeros(4, 9, 2)}, r"expected \[4, 8, 2\].*got \[4, 9, 2\]"),
         ({"code_vectors": torch.zeros(4, 8, 2)}, "an action head that decodes them"),
     ],
 )
 def test_settings_that_cannot_work(settings, text, tiny_qwen):
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(ValueError, match=text) as error:
         make_backend("qwen_chat", backbone=tiny_qwen, **{**SIZES, **settings})
+    assert "Next step: " in str(error.value)
 
 
-def test_an_unknown_setting_is_an_error(tiny_qwen):
-    with pytest.raises(TypeError, match="colour"):
-        make_backend("qwen_chat", backbone=tiny_qwen, **SIZES, colour="red")
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ("decodng", "got 'decodng'. Next step: .* Did you mean 'decoding'"),
+        ("code_vector", "Did you mean 'code_vectors'"),
+        ("xyz", "setting: expected one of .*, image_size, .*, got 'xyz'. Next step: Choose one of these.$"),
+    ],
+)
+def test_an_unknown_setting_offers_the_closest(setting, text):
+    with pytest.raises(ValueError, match=text):
+        make_backend("qwen_chat", backbone="nowhere", **SIZES, **{setting: 1})
+
+
+@pytest.mark.parametrize("name", ["qwen_chat", "qwen_latent_head"])
+def test_decodings_are_known_to_the_settings(name):
+    """Also where nothing is decoded: a checkpoint keeps the setting."""
+    assert set(get_args(Decoding)) == set(DECODERS)
+    with pytest.raises(
+        ValueError, match=r"decoding: expected one of constrained, generate, free, got 'beam'.*Next step"
+    ):
+        BackendConfig(name=name, decoding="beam")

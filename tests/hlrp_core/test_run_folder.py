@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,6 +64,54 @@ def test_folders_of_something_else_are_left_alone(tmp_path):
         with pytest.raises(ValueError, match="new or empty"):
             RunFolder(folder, SETTINGS)
     assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_settings_that_another_process_is_writing_are_no_other_files(tmp_path):
+    """Each process of a run builds the folder; a killed one may leave its scratch file."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".settings.json.4711.tmp").write_text("{")
+    RunFolder(tmp_path / "run", SETTINGS)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".metrics.json.4711.tmp").write_text("{")
+    with pytest.raises(ValueError, match="new or empty"):
+        RunFolder(tmp_path / "other", SETTINGS)
+
+
+@pytest.mark.parametrize("moment", ["exists", "iterdir"])
+def test_a_folder_that_another_process_of_the_run_makes_meanwhile(tmp_path, monkeypatch, moment):
+    """The other one makes it just after this one has asked whether it exists, or just before its files are listed."""
+    asked, folder = getattr(Path, moment), tmp_path / "run"
+    if moment == "iterdir":
+        folder.mkdir()
+
+    def ask(path):
+        if path != folder:
+            return asked(path)
+        monkeypatch.undo()
+        found = asked(path) if moment == "exists" else None
+        RunFolder(folder, SETTINGS)
+        (folder / "metrics.jsonl").write_text("")
+        return asked(path) if found is None else found
+
+    monkeypatch.setattr(Path, moment, ask)
+    RunFolder(folder, SETTINGS)
+    assert (folder / "metrics.jsonl").is_file()
+    with pytest.raises(ValueError, match="expected the settings"):
+        RunFolder(folder, {**SETTINGS, "steps": 11})
+
+
+def test_processes_that_write_the_same_file_do_not_meet(tmp_path, monkeypatch):
+    """On several machines their process numbers may be equal: here the other one writes between write and rename."""
+    rename = Path.replace
+
+    def overtaken(path, target):
+        monkeypatch.undo()
+        write_json(tmp_path / "f.json", {"a": 1})
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", overtaken)
+    write_json(tmp_path / "f.json", {"a": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["f.json"]
 
 
 def test_checkpoints(tmp_path):

@@ -53,7 +53,9 @@ def test_a_published_processor(real_processor, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (["--family=qwen9"], "family: expected one of"),
+        (["--family=qwen9"], "Next step: Choose one of these."),
+        (["--family=qwen3_lv"], "family: expected one of qwen3_vl, smolvlm, got 'qwen3_lv'. Next step: "),
+        (["--family=qwen3_lv"], "Did you mean 'qwen3_vl'?"),
         (["--size=huge"], "size: expected one of tiny, small"),
         (["--processor=/nowhere/at/all"], "processor: expected a folder"),
     ],
@@ -64,6 +66,17 @@ def test_user_errors_are_one_message(flags, text, tmp_path, capsys):
     assert exit_.value.code == 1
     assert text in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+def test_a_file_in_the_way_is_named(tmp_path, capsys):
+    (tmp_path / "mine").write_text("precious")
+    for output in ("mine", "mine/b"):
+        with pytest.raises(SystemExit):
+            run(f"--output={tmp_path / output}")
+        printed = capsys.readouterr().err
+        assert "output: expected a folder, new or old" in printed
+        assert "Next step" in printed
+    assert (tmp_path / "mine").read_text() == "precious"
 
 
 def test_a_folder_with_files_is_not_overwritten(tmp_path, capsys):

@@ -196,6 +196,80 @@ def test_errors_of_training(tiny_qwen, tiny_dataset, tiny_videos, tiny_laq, code
     assert not output.exists()
 
 
+@pytest.fixture
+def parse(tiny_qwen, tiny_dataset, tmp_path) -> Callable[..., train_codes.TrainCodesCommand]:
+    def make(**settings) -> train_codes.TrainCodesCommand:
+        data = DatasetConfig("test/tiny", root=str(tiny_dataset))
+        return train_codes.TrainCodesCommand(
+            dataset=data, backbone=str(tiny_qwen), output_dir=tmp_path / "run", **settings
+        )
+
+    return make
+
+
+def test_bad_numbers_are_refused_at_once(parse, tiny_dataset):
+    for name, value in (("batch_size", 0), ("num_workers", -1), ("max_eval_samples", -1)):
+        with pytest.raises(ValueError, match=rf"{name}: expected . or more, got {value}\. Next step"):
+            parse(**{name: value})
+    for name, value in (("batch_size", 0), ("num_workers", -1), ("max_samples", -1)):
+        with pytest.raises(ValueError, match=rf"{name}: expected . or more, got {value}\. Next step"):
+            eval_codes.EvalCodesCommand(
+                policy=eval_codes.SavedPolicy(path="p"), dataset=DatasetConfig("test/tiny"), **{name: value}
+            )
+
+
+def test_data_labels_and_places_that_are_not_there(tiny_qwen, tiny_dataset, code_table, tmp_path):
+    (tmp_path / "file").touch()
+    usual = [f"--backbone={tiny_qwen}", f"--codes={code_table(tiny_dataset)}"]
+    for root, output, flags, text in (
+        (tmp_path / "nowhere", "run", usual, r"dataset\.root: expected .*nowhere, which is no folder"),
+        (tiny_dataset, "run", [*usual, "--dataset.episodes=[7]"], r"dataset\.episodes: expected some of 0 to 3.*got 7"),
+        (tiny_dataset, "run", [usual[0], "--laq=outputs/laq"], "laq: expected .*got outputs/laq, which is no folder"),
+        (tiny_dataset, "run", [usual[0], "--laq=/nowhere"], "laq: expected .*got /nowhere, which is no folder"),
+        (tiny_dataset, "file", usual, "output_dir: expected a folder.*got the file"),
+        (tiny_dataset, "file/run", usual, "output_dir: expected a folder.*where .*file is a file"),
+    ):
+        with pytest.raises(ValueError, match=text) as error:
+            train(root, tmp_path / output, *flags)
+        assert "Next step" in str(error.value)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# -- devices ----------------------------------------------------------------------------------------------------------
+
+
+def test_devices_that_this_machine_has_not(parse):
+    for name in ("cudaa", "cuda:99"):
+        with pytest.raises(ValueError, match=rf"device: expected one of this machine's: cpu.*got '{name}'.*Next step"):
+            train_codes.open_accelerator(parse(device=name))
+
+
+def test_a_device_is_honoured(parse, monkeypatch):
+    assert train_codes.open_accelerator(parse(device="cpu")).device == torch.device("cpu")
+    current = [0]
+    fake = {
+        "is_available": lambda: True,
+        "current_accelerator": lambda: torch.device("cuda"),
+        "device_count": lambda: 2,
+        "current_device_index": lambda: current[0],
+        "set_device_index": lambda index: current.__setitem__(0, index),
+    }
+    for name, function in fake.items():
+        monkeypatch.setattr(torch.accelerator, name, function)
+    made = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
+    monkeypatch.setattr("hlrp_core.training.code_training.make_accelerator", lambda *_, **__: made)
+    assert train_codes.open_accelerator(parse(device="cuda:1")) is made
+    assert current == [1]  # what `cuda` means from now on
+    for device, num_processes, wanted in (("cpu", 1, "cuda"), ("cuda:0", 2, "cuda:1"), ("cuda:0", 1, "cpu")):
+        made.device, made.num_processes = torch.device(device), num_processes
+        with pytest.raises(ValueError, match=rf"device: expected {device}, which accelerate has.*got {wanted}\. Next"):
+            train_codes.open_accelerator(parse(device=wanted))
+    made.device, made.num_processes = torch.device("cuda:1"), 2
+    current[0] = 0
+    assert train_codes.open_accelerator(parse(device="cuda")) is made
+
+
 def test_messages_name_the_commands_own_flags(tiny_qwen, make_dataset, code_table, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("HLRP_DEBUG")
     two_cameras = make_dataset(tmp_path / "two", cameras=("observation.images.top", "observation.images.side"))
@@ -301,6 +375,15 @@ def test_a_policy_that_has_learnt_actions_since(trained, lerobot_train, tiny_dat
 
 def test_errors_of_evaluation(trained, tiny_videos, tiny_dataset, code_table, tmp_path):
     labels = f"--codes={code_table(tiny_videos)}"
+    for path, flags, text in (
+        (tmp_path / "nowhere", [], "policy.*expected .*nowhere, which is no folder"),
+        (trained, ["--policy.device=cudaa"], "device: expected one of this machine's"),
+        (trained, [f"--output={tmp_path}"], "output: expected the path of a file"),
+        (trained, ["--dataset.episodes=[9]"], r"dataset\.episodes: expected some of 0 to 3"),
+    ):
+        with pytest.raises(ValueError, match=text) as error:
+            evaluate(tiny_videos, path, labels, *flags)
+        assert "Next step" in str(error.value)
     with pytest.raises(ValueError, match="labels: expected --codes="):
         evaluate(tiny_videos, trained)
     (tmp_path / "empty").mkdir()

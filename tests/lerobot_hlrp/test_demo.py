@@ -1,29 +1,29 @@
-"""The demo's runner and report parts: what is skipped, what runs again, what is read from the logs."""
+"""The demo's runner: what is skipped, what runs again, and what an interrupt does."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from lerobot_hlrp.demo.figures import read_success_log, read_training_log
-from lerobot_hlrp.demo.pipeline import Pipeline
-from lerobot_hlrp.demo.presets import PRESETS
+from lerobot_hlrp.demo.processes import Lane
 from lerobot_hlrp.demo.runner import Step, StepError, StepRunner
 
 
-def touch_step(folder: Path, name: str, *, script: str | None = None, resume=None) -> Step:
+def touch_step(
+    folder: Path, name: str, *, script: str | None = None, output: Path | None = None, resume=None, reached=None
+) -> Step:
     """A step that appends a line to its output."""
-    output = folder / f"{name}.txt"
+    output = output or folder / f"{name}.txt"
     script = script or f"open({str(output)!r}, 'a').write('ran\\n')"
     command = [sys.executable, "-c", script]
-    return Step(name, name, command, output, resume or (lambda: None))
+    return Step(name, name, command, output, resume or (lambda: None), reached or (lambda: None))
 
 
 def runs(step: Step) -> int:
@@ -48,6 +48,16 @@ def test_a_changed_command_runs_again_and_so_does_what_follows(tmp_path):
     assert runs(third) == 1
 
 
+def test_a_step_whose_output_is_gone_runs_again_and_so_does_what_follows(tmp_path):
+    steps = [touch_step(tmp_path, name) for name in "abc"]
+    StepRunner(tmp_path).run_all(steps)
+    steps[1].output.unlink()
+    for step in (steps[0], steps[2]):
+        step.output.write_text("old\n")
+    StepRunner(tmp_path).run_all(steps)
+    assert [step.output.read_text() for step in steps] == ["old\n", "ran\n", "ran\n"]
+
+
 def test_a_failure_stops_and_names_the_log(tmp_path):
     broken = touch_step(tmp_path, "broken", script="import sys; print('why'); sys.exit(3)")
     never = touch_step(tmp_path, "never")
@@ -58,15 +68,18 @@ def test_a_failure_stops_and_names_the_log(tmp_path):
     assert runs(never) == 0
 
 
-def test_an_unfinished_step_is_continued_by_its_own_command(tmp_path):
+@pytest.mark.parametrize(("reached", "marker"), [(200, "continued from step 200"), (None, "continued")])
+def test_an_unfinished_step_is_continued_by_its_own_command(reached, marker, tmp_path):
     output = tmp_path / "a.txt"
     continued = [sys.executable, "-c", f"open({str(output)!r}, 'a').write('continued\\n')"]
-    script = f"open({str(output)!r}, 'a').write('begun\\n'); raise SystemExit(1)"
-    step = touch_step(tmp_path, "a", script=script, resume=lambda: continued)
+    script = f"open({str(output)!r}, 'a').write('begun\\n'); print('50%', end=''); raise SystemExit(1)"
+    step = touch_step(tmp_path, "a", script=script, resume=lambda: continued, reached=lambda: reached)
+    runner = StepRunner(tmp_path)
     with pytest.raises(StepError):
-        StepRunner(tmp_path).run_all([step])
+        runner.run_all([step])
     StepRunner(tmp_path).run_all([step])
     assert output.read_text() == "begun\ncontinued\n"
+    assert runner.log_path(step).read_text() == f"50%\nhlrp-demo: {marker}\n"  # for whoever reads curves from it
 
 
 def test_an_unfinished_step_without_continuation_starts_afresh(tmp_path):
@@ -76,13 +89,16 @@ def test_an_unfinished_step_without_continuation_starts_afresh(tmp_path):
         f"open({str(output)!r}, 'a').write('ran\\n')\n"
         f"import pathlib, sys\n"
         f"p = pathlib.Path({str(flag)!r})\n"
-        "seen = p.exists(); p.touch(); sys.exit(0 if seen else 1)"
+        "seen = p.exists(); p.touch(); print(seen); sys.exit(0 if seen else 1)"
     )
     step = touch_step(tmp_path, "a", script=script)
+    runner = StepRunner(tmp_path)
     with pytest.raises(StepError):
-        StepRunner(tmp_path).run_all([step])
-    StepRunner(tmp_path).run_all([step])
+        runner.run_all([step])
+    runner.run_all([step])
     assert runs(step) == 1
+    assert runner.log_path(step).read_text() == "True\n"  # nothing of the run that was thrown away
+    assert len(runner._read(step)["runs"]) == 2
 
 
 def waiting_step(folder: Path, name: str, *, until: Path, script: str = "") -> Step:
@@ -90,16 +106,17 @@ def waiting_step(folder: Path, name: str, *, until: Path, script: str = "") -> S
     wait = "import pathlib, sys, time\nend = time.time() + 10\n"
     wait += f"while not pathlib.Path({str(until)!r}).exists():\n    time.sleep(0.02)\n"
     wait += "    if time.time() > end: sys.exit('nobody came')\n"
-    return touch_step(folder, name, script=f"{wait}{script}print({name!r}, 'ran')\npathlib.Path({name!r}).touch()")
+    script = f"{wait}{script}print({name!r}, 'ran')\npathlib.Path({name!r}).touch()"
+    return touch_step(folder, name, script=script, output=folder / name)
 
 
 def test_branches_run_beside_each_other(tmp_path, monkeypatch, capfd):
     """Each of two steps waits for what the other makes: one after another they could not end."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    hello = touch_step(tmp_path, "hello", script="open('hello', 'w')")
+    hello = touch_step(tmp_path, "hello", output=tmp_path / "hello")
     first = [
-        touch_step(tmp_path, "begun", script="open('begun', 'w')"),
+        touch_step(tmp_path, "begun", output=tmp_path / "begun"),
         waiting_step(tmp_path, "a", until=tmp_path / "b"),
     ]
     second = [waiting_step(tmp_path, "b", until=tmp_path / "begun"), waiting_step(tmp_path, "c", until=tmp_path / "a")]
@@ -148,78 +165,142 @@ def test_a_failure_in_a_branch_interrupts_the_other_or_ends_after_it(which, tmp_
     assert StepRunner(tmp_path)._read(other).get("done", False) == (which == 1)
 
 
-def test_an_interrupt_reaches_every_branch(tmp_path, monkeypatch):
+def saving_step(folder: Path, name: str, *, saving_s: float = 0.3) -> Step:
+    """A step that saves what it has when it is interrupted, and ends at once, without, when it is interrupted again."""
+    script = f"""
+import pathlib, signal, sys, time
+interrupts = []
+def note(*_):
+    interrupts.append(1)
+    print("interrupted", len(interrupts))
+    if len(interrupts) > 1:
+        sys.exit(9)
+signal.signal(signal.SIGINT, note)
+pathlib.Path({str(folder / name)!r} + "_begun").touch()
+end = time.time() + 20
+while not interrupts and time.time() < end:
+    time.sleep(0.01)
+time.sleep({saving_s})
+pathlib.Path({str(folder / name)!r} + "_saved").touch()
+sys.exit(130)
+"""
+    return touch_step(folder, name, script=script)
+
+
+def wait_for(condition) -> None:
+    end = time.time() + 20
+    while not condition():
+        assert time.time() < end, "it never happened"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_reaches_every_branch(number, tmp_path, monkeypatch):
     """Sent to the demo alone, as `kill` does, and not to the terminal's group of processes."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    save = "import pathlib, time\ntry:\n    pathlib.Path({0!r}).touch()\n    time.sleep(20)\n"
-    save += "except KeyboardInterrupt:\n    pathlib.Path({1!r}).touch()\n    raise SystemExit(130)\n"
-    steps = [touch_step(tmp_path, name, script=save.format(f"{name}_begun", f"{name}_saved")) for name in "ab"]
+    steps = [saving_step(tmp_path, name) for name in "ab"]
+    never = touch_step(tmp_path, "never")
 
     def kill_when_both_run() -> None:
-        while not all((tmp_path / f"{name}_begun").exists() for name in "ab"):
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
+        wait_for(lambda: all((tmp_path / f"{name}_begun").exists() for name in "ab"))
+        os.kill(os.getpid(), number)
 
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     threading.Thread(target=kill_when_both_run).start()
+    runner = StepRunner(tmp_path, num_cores=2)
     with pytest.raises(KeyboardInterrupt):
-        StepRunner(tmp_path, num_cores=2).run_all([], [[step] for step in steps])
+        runner.run_all([], [[step, never] for step in steps])
     assert all((tmp_path / f"{name}_saved").exists() for name in "ab")
+    assert [runner.log_path(step).read_text() for step in steps] == ["interrupted 1\n"] * 2
+    assert runs(never) == 0
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
 
-def test_training_curves_are_read_from_lerobots_log():
-    text = (
-        "Training:  10%|#\rINFO 2026-01-01 00:00:00 ot_train.py:1 step:50 smpl:2K ep:3 epch:0.10 loss:0.712 grdn:0.613 "
-        "lr:1.0e-03 updt_s:0.120 data_s:0.010 smp/s:250 codes_loss:0.712 code_accuracy:0.251 constant_accuracy:0.141\n"
-        "INFO 2026-01-01 00:00:09 ot_train.py:1 step:100 smpl:3K ep:6 epch:0.20 loss:0.612 grdn:0.413 "
-        "lr:1.0e-03 updt_s:0.120 data_s:0.010 smp/s:250 codes_loss:0.612 code_accuracy:0.351 constant_accuracy:0.142\n"
+def test_ctrl_c_lets_the_command_save(tmp_path):
+    """The terminal sends it to the whole group of processes."""
+    step = saving_step(tmp_path, "a")
+    script = f"""
+import signal, sys
+from pathlib import Path
+from lerobot_hlrp.demo.runner import Step, StepRunner
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
+step = Step("a", "a", {step.command!r}, Path({str(step.output)!r}))
+try:
+    StepRunner(Path({str(tmp_path)!r})).run_all([step])
+except KeyboardInterrupt:
+    print("interrupted")
+    sys.exit(130)
+"""
+    root = Path(__file__).parents[2]
+    demo = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=root, start_new_session=True, stdout=subprocess.PIPE, text=True
     )
-    curves = read_training_log(text, log_freq=50)
-    assert curves["step"] == [50, 100]
-    assert curves["loss"] == [0.712, 0.612]
-    assert curves["code_accuracy"] == [0.251, 0.351]
-    assert curves["constant_accuracy"] == [0.141, 0.142]
+    try:
+        wait_for(lambda: (tmp_path / "a_begun").exists() or demo.poll() is not None)
+        os.killpg(demo.pid, signal.SIGINT)
+        printed, _ = demo.communicate(timeout=20)
+    finally:
+        demo.kill()
+    assert (tmp_path / "a_saved").exists()
+    assert (tmp_path / "logs" / "a.log").read_text() == "interrupted 1\n"
+    assert "interrupted 1" not in printed  # many a command says it with a traceback
+    assert printed.endswith("\ninterrupted\n")
+    assert demo.returncode == 130
 
 
-def test_success_is_read_from_lerobots_log():
-    text = "INFO Suite overall aggregated: {'avg_sum_reward': 0.5, 'pc_success': 45.0}\nother\n"
-    assert read_success_log(text * 2, eval_freq=400) == {"step": [400, 800], "success": [0.45, 0.45]}
+@pytest.mark.parametrize(("times", "status"), [(1, 130), (2, 9), (3, -signal.SIGKILL)])
+def test_further_interrupts_are_more_urgent(times, status, tmp_path):
+    step = saving_step(tmp_path, "a")
+    log = tmp_path / "a.log"
+    if times == 3:
+        step = touch_step(tmp_path, "a", script=step.command[2].replace("sys.exit(9)", "time.sleep(20)"))
+    lane = Lane()
+
+    def interrupt() -> None:
+        wait_for(lambda: (tmp_path / "a_begun").exists())
+        for number in range(1, times + 1):
+            lane.interrupt()
+            wait_for(lambda number=number: number == 3 or f"interrupted {number}\n" in log.read_text())
+
+    threading.Thread(target=interrupt).start()
+    assert lane.run(step.command, log) == status
+    with pytest.raises(KeyboardInterrupt):
+        lane.run(step.command, log)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_stage_and_tier_has_its_command(preset):
-    pipeline = Pipeline(Path("out"), PRESETS[preset])
-    names = [step.name for step in pipeline.steps()]
-    assert len(set(names)) == len(names)
-    on_all = [name for name in names if not name.endswith("_reach") and not name.startswith("eval_")]
-    assert on_all[:7] == ["record", "stage1", "label", "backbone", "stage2", "stage2_eval", "stage3"]
-    for tier in PRESETS[preset].tiers:
-        assert {f"eval_{tier}_true", f"eval_{tier}_shuffled"} <= set(names)
+def test_an_interrupted_command_that_does_not_end_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr("lerobot_hlrp.demo.processes.PATIENCE_S", 0.2)
+    step = saving_step(tmp_path, "a", saving_s=20)
+    lane = Lane()
+
+    def stop() -> None:
+        wait_for(lambda: (tmp_path / "a_begun").exists())
+        lane.stop()
+
+    threading.Thread(target=stop).start()
+    assert lane.run(step.command, tmp_path / "a.log") == -signal.SIGKILL
 
 
-def test_a_first_tier_is_learnt_before_all_of_them():
-    pipeline = Pipeline(Path("out"), PRESETS["full"])
-    steps = {step.name: step for step in pipeline.steps()}
-    for words in ("", "_without_words"):
-        first, then = steps[f"stage2_reach{words}"], steps[f"stage2{words}"]
-        assert list(steps).index(first.name) < list(steps).index(then.name)
-        assert "--policy.codes=out/codes_reach.safetensors" in first.command
-        assert f"--policy.path={first.output}/checkpoints/last/pretrained_model" in then.command
-        assert ("--policy.prompt.use_instruction=false" in first.command) == bool(words)
-    assert steps["label_reach"].command[1] == steps["label"].command[1]  # codes of one quantiser
+def test_the_log_holds_what_a_command_has_just_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    waiting = waiting_step(tmp_path, "a", until=tmp_path / "seen")
+    step = touch_step(tmp_path, "a", script=f"print('first')\n{waiting.command[2]}")
+    runner = StepRunner(tmp_path)
+
+    def look() -> None:
+        wait_for(lambda: runner.log_path(step).exists() and runner.log_path(step).read_text() == "first\n")
+        (tmp_path / "seen").touch()
+
+    threading.Thread(target=look).start()
+    runner.run_all([step])
+    assert runner.log_path(step).read_text() == "first\na ran\n"
 
 
-def test_recordings_share_no_scene_and_every_training_has_the_seed():
-    recorded: list[range] = []
-    for seed in (0, 1, 2):
-        pipeline = Pipeline(Path("out"), PRESETS["full"], seed=seed)
-        for data in (pipeline.data, pipeline.first_data):
-            recorded.append(range(data.seed, data.seed + pipeline.preset.episodes * len(data.tiers)))
-        seeds = {step.name: [f for f in step.command if f.startswith("--seed=")] for step in pipeline.steps()}
-        assert seeds["stage1"] == seeds["backbone"] == [f"--seed={seed}"]
-        assert seeds["stage2_reach"] == seeds["stage2"] == seeds["stage3_without_words"] == [f"--seed={1000 + seed}"]
-        assert seeds["eval_reach_true"] == []
-    recorded.sort(key=lambda seeds: seeds.start)
-    assert all(one.stop <= other.start for one, other in pairwise(recorded))
-    with pytest.raises(ValueError, match=r"seed: expected 0 to 1000, got -1.*Next step"):
-        Pipeline(Path("out"), PRESETS["demo"], seed=-1)
+def test_what_a_command_leaves_running_does_not_hold_up_the_demo(tmp_path):
+    left = (
+        "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(8)']); print('ran')"
+    )
+    start = time.time()
+    assert Lane(visible=False).run([sys.executable, "-c", left], tmp_path / "a.log") == 0
+    assert time.time() - start < 7
+    assert (tmp_path / "a.log").read_text() == "ran\n"

@@ -71,8 +71,8 @@ def test_settings_survive_a_config_file(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "named"),
     [
-        ("--env.task=lift", "tier: expected one of reach, push, got 'lift'"),
-        ("--env.task=reach,", "tier: expected one of reach, push, got ''"),
+        ("--env.task=lift", "--env.task: expected one of reach, push, got 'lift'. Next step: "),
+        ("--env.task=reach,", "--env.task: expected one of reach, push, got ''. Next step: "),
         ("--env.instructions=wrong", "instructions: expected one of"),
         ("--env.num_objects=2", "num_objects: expected 3 to 6"),
         ("--env.phrasing=poetic", "phrasing: expected one of"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from lerobot.configs.default import DatasetConfig
 from lerobot.datasets import LeRobotDataset
 
@@ -23,7 +26,7 @@ from lerobot_hlrp.cli.laq_train import TrainLAQCommand, train
 from lerobot_hlrp.fingerprint import dataset_fingerprint
 from lerobot_hlrp.frame_reader import EpisodeFrames, Piece, choose_camera, read_actions, read_frame
 from lerobot_hlrp.labelling import PartialTable, encode_frames, label_dataset
-from lerobot_hlrp.laq_data import build_frame_tuples, cache_frames
+from lerobot_hlrp.laq_data import TuplePlan, cache_frames, sum_over_gap
 
 TINY = LAQConfig(image_size=16, hidden_dim=16, num_layers=1, frame_gap=2, code_seq_len=2)
 
@@ -62,6 +65,46 @@ def test_training_leaves_the_laq_its_figures_and_pictures(trained):
     assert {"config.json", "model.safetensors", "metrics.json", "reconstructions.png", "code_usage.png"} <= names
     assert "frames.npy" not in names
     assert LatentActionQuantizer.from_pretrained(trained).frame_gap == 2
+
+
+def train_as_process(rank: int, port: int, command: TrainLAQCommand) -> None:
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in places.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os._exit(train(command))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a process that uses CUDA cannot be forked")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # it is killed if it hangs
+def test_of_two_processes_one_writes(tiny_dataset, tmp_path):
+    command = TrainLAQCommand(
+        dataset=DatasetConfig(repo_id="test/tiny", root=str(tiny_dataset)),
+        output_dir=tmp_path / "laq",
+        laq=replace(TINY, quantizer="vq"),
+        steps=4,
+        batch_size=16,
+        log_freq=2,
+        eval_share=0.25,
+    )
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    context = multiprocessing.get_context("fork")  # starting Python anew would take most of the time
+    processes = [context.Process(target=train_as_process, args=(rank, port, command)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        process.kill()
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    names = {path.name for path in (tmp_path / "laq").iterdir()}
+    assert {"config.json", "model.safetensors", "metrics.json", "code_usage.png", "run"} <= names
+    assert not {"frames.npy", "frames.json"} & names
+    records = (tmp_path / "laq" / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(record)["step"] for record in records] == [2, 4]
+    assert LatentActionQuantizer.from_pretrained(tmp_path / "laq").frame_gap == 2
 
 
 def test_a_single_held_out_pair_will_do(tiny_dataset, tmp_path):
@@ -223,7 +266,7 @@ def test_a_killed_cache_is_continued(tiny_dataset, tmp_path, monkeypatch):
 def test_video_without_actions_trains_without_probe(tiny_videos, tmp_path):
     dataset = open_dataset(tiny_videos)
     frames = cache_frames(dataset, "observation.images.top", 16, tmp_path / "a.npy", fingerprint="f")
-    training, held_out = build_frame_tuples(dataset, frames, TINY, eval_share=0.25)
+    training, held_out = TuplePlan(dataset, TINY, eval_share=0.25).build(frames)
     assert training.motion is None
     assert held_out.motion is None
     assert read_actions(dataset) is None
@@ -232,11 +275,49 @@ def test_video_without_actions_trains_without_probe(tiny_videos, tmp_path):
 def test_motion_is_the_sum_of_the_actions_over_the_gap(tiny_dataset, tmp_path):
     dataset = open_dataset(tiny_dataset)
     frames = cache_frames(dataset, "observation.images.top", 16, tmp_path / "a.npy", fingerprint="f")
-    training, _ = build_frame_tuples(dataset, frames, TINY, eval_share=0.25)
+    training, _ = TuplePlan(dataset, TINY, eval_share=0.25).build(frames)
     actions = read_actions(dataset)
     sums = np.stack([actions[start] + actions[start + 1] for start in training.starts])
     expected = (sums - sums.mean(0)) / sums.std(0)
     np.testing.assert_allclose(training.motion, expected, atol=1e-4)
+
+
+def test_unknown_actions_spoil_no_other_sum():
+    actions = np.arange(12, dtype=np.float32).reshape(6, 2)
+    broken = actions.copy()
+    broken[2, 1] = np.nan
+    expected = sum_over_gap(actions, 2)
+    assert expected[0].tolist() == [2, 4]
+    expected[[1, 2]] = np.nan
+    np.testing.assert_array_equal(sum_over_gap(broken, 2), expected)
+
+
+def test_pairs_of_unknown_actions_are_left_out_of_the_probe(tiny_dataset, tmp_path, monkeypatch, caplog):
+    dataset = open_dataset(tiny_dataset)
+    actions = read_actions(dataset)
+    actions[3] = np.nan
+    monkeypatch.setattr("lerobot_hlrp.laq_data.read_actions", lambda _: actions)
+    monkeypatch.setattr("hlrp_core.laq.training.MIN_PAIRS_TO_JUDGE", 1)
+    command = TrainLAQCommand(
+        dataset=DatasetConfig(repo_id="test/tiny", root=str(tiny_dataset)),
+        output_dir=tmp_path / "laq",
+        laq=TINY,
+        steps=2,
+        batch_size=4,
+        eval_share=0.25,
+    )
+    assert train(command) == 0
+    assert "leaves out 2 of" in caplog.text
+    assert np.isfinite(json.loads((tmp_path / "laq" / "metrics.json").read_text())["action_probe_r2"])
+
+
+@pytest.mark.parametrize("mistake", [{"laq": replace(TINY, frame_gap=50)}, {"eval_share": 0.999}])
+def test_mistakes_are_found_before_frames_are_decoded(mistake, tiny_dataset, tmp_path):
+    dataset = DatasetConfig(repo_id="test/tiny", root=str(tiny_dataset))
+    command = TrainLAQCommand(**{"dataset": dataset, "output_dir": tmp_path / "laq", "laq": TINY, **mistake})
+    with pytest.raises(ValueError, match=r"frame_gap|eval_share"):
+        train(command)
+    assert not (tmp_path / "laq").exists()
 
 
 def test_an_unknown_camera_offers_the_closest(tiny_dataset):

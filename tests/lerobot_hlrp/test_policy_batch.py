@@ -106,7 +106,7 @@ def test_nan_where_nothing_supervises_is_no_error(make_tiny_policy, make_lerobot
 
 
 def test_episodes_that_may_not_supervise_do_not(make_tiny_policy, make_lerobot_batch):
-    policy = make_tiny_policy(mode="actions", action_head="mlp").eval()
+    policy = make_tiny_policy(mode="actions", action_head="mlp").train()
     policy.reader.action_episodes = torch.tensor([0, 2])
     batch = make_lerobot_batch()
     loss, _ = policy(batch)

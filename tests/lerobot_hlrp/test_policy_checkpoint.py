@@ -90,7 +90,7 @@ def test_it_survives_the_hub(saved, tmp_path, monkeypatch, make_lerobot_batch):
                 shutil.copy(path, tmp_path / relative)
         return str(tmp_path)
 
-    monkeypatch.setattr("lerobot_hlrp.checkpoint.snapshot_download", snapshot_download)
+    monkeypatch.setattr("lerobot_hlrp.hub_folder.snapshot_download", snapshot_download)
     downloaded = HLRPQwenPolicy.from_pretrained("user/policy", revision="v1")
     here = HLRPQwenPolicy.from_pretrained(saved)
     batch = make_lerobot_batch()

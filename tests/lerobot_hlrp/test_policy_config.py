@@ -166,7 +166,7 @@ def test_the_only_camera_is_the_default():
     ("settings", "features", "words"),
     [
         ({}, {"cameras": ("top", "wrist")}, ["--policy.camera", "observation.images.top, observation.images.wrist"]),
-        ({"camera": "side"}, {"cameras": ("top", "wrist")}, ["'side'", "observation.images.wrist"]),
+        ({"camera": "side"}, {"cameras": ("top", "wrist")}, ["got side", "observation.images.wrist"]),
         ({}, {"cameras": ()}, ["camera", "observation.state"]),
         ({"extra_cameras": ["top"]}, {}, ["cameras", "each once"]),
         ({"mode": "actions"}, {}, ["--policy.action_head", "prefix_flow"]),

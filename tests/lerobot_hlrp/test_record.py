@@ -326,6 +326,27 @@ def test_a_signal_saves_all_whole_episodes(tmp_path: Path, number: signal.Signal
     assert_same_dataset(whole.root, plan.root)
 
 
+def test_a_second_signal_ends_it_at_once(tmp_path: Path):
+    plan, source = make_plan(tmp_path / "set", episodes=10)
+    original, steps = TabletopEnv.step, []
+
+    def step(env: TabletopEnv, action: np.ndarray):
+        steps.append(env)
+        if len(steps) == 70:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(env, action)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TabletopEnv, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            record(plan, source)
+    assert len(steps) == 70
+    _, is_complete = record(plan, source)
+    assert is_complete
+    assert load(plan.root).num_episodes == 10
+
+
 def test_more_episodes_are_added_to_a_finished_recording(tmp_path: Path):
     whole, source = make_plan(tmp_path / "whole", episodes=9)
     record(whole, source)
@@ -385,6 +406,15 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_a_file_in_the_way_is_refused(tmp_path: Path):
+    (tmp_path / "mine").write_text("precious")
+    for root in (tmp_path / "mine", tmp_path / "mine" / "set"):
+        plan, source = make_plan(root)
+        with pytest.raises(ValueError, match=r"--dataset\.root: expected a folder.*mine.*Next step"):
+            record(plan, source)
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
 @pytest.mark.parametrize(
     "other", [{"seed": 1}, {"noise": 0.2}, {"task": "push"}, {"with_actions": False}, {"keep_failures": True}]
 )
@@ -406,12 +436,13 @@ def test_fewer_episodes_are_refused(tmp_path: Path):
 
 @pytest.mark.parametrize(("setting", "named"), [("episodes", "--episodes"), ("seed", "--seed"), ("noise", "--noise")])
 def test_bad_numbers_are_refused(tmp_path: Path, setting: str, named: str):
-    with pytest.raises(ValueError, match=f"{named}: expected"):
+    with pytest.raises(ValueError, match=f"{named}: expected .*Next step"):
         make_plan(tmp_path, **{setting: -1})
 
 
 def test_environments_without_an_expert_are_refused():
-    with pytest.raises(ValueError, match=r"expected an environment with a scripted expert .*got 'pusht'"):
+    expected = r"expected an environment with a scripted expert \(hlrp_tabletop.*got 'pusht'\. Next step"
+    with pytest.raises(ValueError, match=expected):
         make_source(PushtEnv())
 
 
@@ -447,6 +478,14 @@ def test_command_puts_datasets_where_lerobot_looks(tmp_path: Path, monkeypatch: 
     flags = ["--env.type=hlrp_tabletop", "--env.image_size=32", "--dataset.repo_id=local/reach", "--episodes=2"]
     assert run_command(monkeypatch, *flags) == 0
     assert load(tmp_path / "local" / "reach").num_episodes == 2
+
+
+@pytest.mark.parametrize("flag", ["--env.task=raech", "--env.task=push,raech"])
+def test_command_offers_the_closest_task(flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    assert run_command(monkeypatch, "--env.type=hlrp_tabletop", flag, "--dataset.repo_id=local/reach") == 1
+    printed = capsys.readouterr().err
+    assert "--env.task: expected one of reach, push, got 'raech'. Next step: " in printed
+    assert "Did you mean 'reach'?" in printed
 
 
 def test_command_refuses_shuffled_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):

@@ -59,7 +59,7 @@ def test_equals_lerobots_own_loop(guard, head, context, options) -> None:
             execution_horizon=HORIZON,
         )
     with guard():
-        actions = head.predict(context, options, guidance=processor.denoise_step)
+        actions = head.predict(context, replace(options, guidance=processor.denoise_step))
     assert actions.dtype == torch.float32
     assert not actions.requires_grad
     torch.testing.assert_close(actions, expected, atol=1e-5, rtol=1e-5)
@@ -71,13 +71,13 @@ def test_context_from_inference_mode(head, options) -> None:
         prefix = PrefixEncoding(torch.randn(2, 7, 12), torch.ones(2, 7, dtype=torch.bool))
         context = ActionContext(torch.randn(2, 3), torch.rand(2, 3, 6), prefix)
         options = replace(options, noise=torch.randn(2, 8, 2), prev_chunk_left_over=torch.randn(2, 6, 2))
-        head.predict(context, options, guidance=RTCProcessor(RTCConfig()).denoise_step)
+        head.predict(context, replace(options, guidance=RTCProcessor(RTCConfig()).denoise_step))
 
 
 def test_guided_chunk_follows_the_old_one_where_it_must(head, context, options) -> None:
     """Frozen for the inference delay, free after the horizon."""
     free = head.predict(context, SamplingOptions(noise=options.noise))
-    guided = head.predict(context, options, guidance=RTCProcessor(RTCConfig()).denoise_step)
+    guided = head.predict(context, replace(options, guidance=RTCProcessor(RTCConfig()).denoise_step))
     left_over = options.prev_chunk_left_over
     error_free, error_guided = ((actions[:, :DELAY] - left_over[:, :DELAY]).abs().mean() for actions in (free, guided))
     assert error_guided < 0.2 * error_free
@@ -89,11 +89,11 @@ def test_a_short_old_chunk_and_the_first_one(head, context, options) -> None:
     processor = RTCProcessor(RTCConfig())
     free = head.predict(context, SamplingOptions(noise=options.noise))
     first = SamplingOptions(noise=options.noise, inference_delay=0, execution_horizon=HORIZON)
-    assert torch.equal(head.predict(context, first, guidance=processor.denoise_step), free)
+    assert torch.equal(head.predict(context, replace(first, guidance=processor.denoise_step)), free)
     short = SamplingOptions(
         noise=options.noise, inference_delay=DELAY, prev_chunk_left_over=options.prev_chunk_left_over[:, :1]
     )
-    assert not torch.equal(head.predict(context, short, guidance=processor.denoise_step), free)
+    assert not torch.equal(head.predict(context, replace(short, guidance=processor.denoise_step)), free)
 
 
 def test_a_processor_that_differentiates_through_the_network(head, context, options) -> None:
@@ -110,6 +110,6 @@ def test_a_processor_that_differentiates_through_the_network(head, context, opti
         return v_t.detach() - correction
 
     with torch.inference_mode():
-        actions = head.predict(context, options, guidance=denoise_step)
+        actions = head.predict(context, replace(options, guidance=denoise_step))
     assert actions.isfinite().all()
     assert all(parameter.grad is None for parameter in head.parameters())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor, SmolVLMForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, SmolVLMForConditionalGeneration
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
 
 from hlrp_core.backbones.loading import load_core
@@ -244,7 +244,7 @@ def test_black_frames_decode_alike(make_tiny_backend):
     constrained = backend.latent_from_batch(batch, mode=BackendMode.CODES).tokens
     inputs = backend._prompt(batch, for_prediction=True)
     with torch.no_grad():
-        written = backend.core.generate(inputs.tokens, inputs.images, max_new_tokens=3, do_sample=False)
+        written = backend.core.generate(inputs.tokens, inputs.images, GenerationConfig(max_new_tokens=3))
     assert written.shape == (4, 3)
     slow = make_tiny_backend("smol_plain", decoding="generate").eval()
     slow.load_state_dict(backend.state_dict())

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from hlrp_core.backbones.model_core import ModelCore, save_processor
+from hlrp_core.backends.fake_batch import fake_batch
 from hlrp_core.codes.token_scheme import CodeVocabulary, TokenSchemeConfig, add_code_tokens
+from hlrp_core.contract import BackendMode
 
 SCHEMES = {
     "default": TokenSchemeConfig(),
@@ -92,8 +98,30 @@ def test_scattered_ids_are_refused(tokenizer):
     [{"code": "<ACT>"}, {"code": "{}{}"}, {"begin": ""}, {"end": " x"}, {"begin": "<A>", "end": "<A>"}],
 )
 def test_schemes_that_cannot_work(settings):
-    with pytest.raises(ValueError, match="token scheme: expected"):
+    with pytest.raises(ValueError, match=r"token scheme: expected.*Next step"):
         TokenSchemeConfig(**settings)
+
+
+@pytest.mark.parametrize("wrapper", ["begin", "end"])
+@pytest.mark.parametrize("code", [0, 9, 10])
+def test_a_wrapper_with_the_name_of_a_code_is_refused(code, wrapper, tokenizer, make_tiny_backend):
+    """Code 10 of 10 is none, but a tokenizer that holds its name is taken for that of a larger codebook."""
+    scheme, before = TokenSchemeConfig(**{wrapper: f"<ACT_{code}>"}), len(tokenizer)
+    expected = rf"name for '{wrapper}'.*codebook_size=10.*got '<ACT_{code}>', the name of code {code}\. Next step"
+    with pytest.raises(ValueError, match=expected):
+        add_code_tokens(tokenizer, scheme, 10)
+    assert len(tokenizer) == before
+    with pytest.raises(ValueError, match=expected):
+        make_tiny_backend(token_scheme=scheme, codebook_size=10)
+
+
+def test_a_wrapper_with_the_name_of_no_code(tokenizer):
+    scheme = TokenSchemeConfig(begin="<ACT_11>")
+    for num_added in (12, 0):
+        assert add_code_tokens(tokenizer, scheme, 10) == num_added
+    codes = torch.randint(0, 10, (4, 3))
+    vocabulary = CodeVocabulary(tokenizer, scheme, 10, 3)
+    assert [vocabulary.decode(row) for row in vocabulary.encode(codes).tolist()] == codes.tolist()
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -195,3 +223,45 @@ def test_untied_tables_are_both_initialised(tmp_path, tiny_qwen, make_tiny_backe
             assert len({tuple(row) for row in table[ids].tolist()}) == size
             assert (table[ids] - table[:400].mean(0)).abs().max() < 6 * table[:400].std(0).max()
         assert not torch.equal(embedding[ids], head[ids])
+
+
+def save_as_backbone(core: ModelCore, folder: Path) -> Path:
+    """A folder in the Hugging Face layout whose tokenizer holds the codes."""
+    core.model.save_pretrained(folder)
+    save_processor(core.processor, folder)
+    return folder
+
+
+@pytest.mark.parametrize("train_vocabulary", ["all", "code_rows"])
+@pytest.mark.parametrize("name", ["qwen_chat", "smol_plain"])  # tied tables, and tables apart
+def test_a_backbone_that_holds_the_codes_keeps_their_rows(name, train_vocabulary, make_tiny_backend, tmp_path, caplog):
+    trained = make_tiny_backend(name, codebook_size=256)  # more than the spare rows
+    assert "already holds" not in caplog.text
+    with torch.no_grad():
+        for table in (trained.core.model.get_input_embeddings().weight, trained.core.lm_head.weight):
+            table.add_(torch.randn_like(table))
+    folder = save_as_backbone(trained.core, tmp_path / "trained")
+    with caplog.at_level("INFO"):
+        again = make_tiny_backend(name, codebook_size=256, backbone=folder, train_vocabulary=train_vocabulary)
+    assert "already holds the 258 code tokens (<ACTION>, ...)" in caplog.text
+    for get in (lambda core: core.model.get_input_embeddings().weight, lambda core: core.lm_head.weight):
+        assert torch.equal(get(again.core), get(trained.core))
+    batch = fake_batch(trained)
+    one, other = (backend.latent_from_batch(batch, mode=BackendMode.CODES) for backend in (trained, again))
+    assert torch.equal(one.logits, other.logits)
+
+
+def test_codes_that_only_the_tokenizer_holds_get_the_rows_that_are_missing(tmp_path, tiny_qwen, make_tiny_backend):
+    folder = shutil.copytree(tiny_qwen, tmp_path / "tokenizer-alone")
+    add_code_tokens(tokenizer := AutoTokenizer.from_pretrained(folder), TokenSchemeConfig(), 256)
+    tokenizer.save_pretrained(folder)
+    num_rows = json.loads((folder / "config.json").read_text())["text_config"]["vocab_size"]
+    table, original = (
+        make_tiny_backend(backbone=backbone, codebook_size=256).core.lm_head.weight for backbone in (folder, tiny_qwen)
+    )
+    assert len(table) == len(original) > num_rows
+    stored = load_file(tiny_qwen / "model.safetensors")["model.language_model.embed_tokens.weight"]
+    assert torch.equal(table[:num_rows], stored)
+    new = table[num_rows:]
+    assert len({tuple(row) for row in new.tolist()}) == len(new)
+    assert (new - stored.mean(0)).abs().max() < 5 * stored.std(0).max()

@@ -59,7 +59,7 @@ def test_settings_out_of_range(settings: dict, message: str) -> None:
 
 
 def test_unknown_kind_offers_the_closest() -> None:
-    with pytest.raises(ValueError, match=r"got 'prefixflow'.*did you mean 'prefix_flow'"):
+    with pytest.raises(ValueError, match=r"got 'prefixflow'.*Did you mean 'prefix_flow'"):
         build_action_head(ActionHeadConfig(kind="prefixflow"), **SIZES)
 
 

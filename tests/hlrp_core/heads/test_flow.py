@@ -120,7 +120,7 @@ def test_guidance_gets_the_chunk_and_each_step(kind, build, make_context) -> Non
 
     noise = torch.randn(5, 8, 2)
     options = SamplingOptions(noise=noise, inference_delay=2, prev_chunk_left_over=left_over, execution_horizon=3)
-    guided = head.predict(context, options, guidance=guidance)
+    guided = head.predict(context, replace(options, guidance=guidance))
     assert torch.equal(guided, head.predict(context, SamplingOptions(noise=noise)))
     assert [call["time"] for call in calls] == [1.0, 0.75, 0.5, 0.25]
     assert torch.equal(calls[0]["x_t"], noise)
@@ -134,7 +134,7 @@ def test_guidance_rests_without_a_chunk(kind, build, make_context) -> None:
     def guidance(**_):
         raise AssertionError("called")
 
-    build(kind).predict(make_context(), SamplingOptions(inference_delay=2), guidance=guidance)
+    build(kind).predict(make_context(), SamplingOptions(inference_delay=2, guidance=guidance))
 
 
 @flow_heads
@@ -150,7 +150,7 @@ def test_guidance_arguments_are_checked(kind, build, make_context) -> None:
     for shape in ((3, 2), (5, 9, 2), (5, 3, 1), (1, 3, 2)):
         wrong = replace(options, prev_chunk_left_over=torch.zeros(shape))
         with pytest.raises(ValueError, match=r"prev_chunk_left_over: expected .*got \["):
-            head.predict(context, wrong, guidance=guidance)
+            head.predict(context, replace(wrong, guidance=guidance))
     for delay in (None, -1):
         with pytest.raises(ValueError, match=f"inference_delay: expected 0 or more .*got {delay}"):
-            head.predict(context, replace(options, inference_delay=delay), guidance=guidance)
+            head.predict(context, replace(options, inference_delay=delay, guidance=guidance))

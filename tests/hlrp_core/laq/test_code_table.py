@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import pytest
 import torch
 
@@ -59,4 +62,40 @@ def test_other_files_are_refused(tmp_path):
         CodeTable.load(tmp_path / "none.safetensors")
     save_file({"codes": torch.zeros(2, 3)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="a file without its header"):
+        CodeTable.load(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"codes", b"these are no codes, but a text of some length"])
+def test_files_of_another_kind_are_refused(tmp_path, content):
+    (tmp_path / "codes.safetensors").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"code table: expected one of schema 1 in .*, got .*Next step: check the path"
+    ):
+        CodeTable.load(tmp_path / "codes.safetensors")
+
+
+def test_a_truncated_table_is_refused(tmp_path):
+    path = tmp_path / "codes.safetensors"
+    make_table().save(path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"got another or a damaged file .*Next step"):
+        CodeTable.load(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "got"),
+    [
+        ("{", "an unreadable header"),
+        ("[1]", "an unreadable header"),
+        ("{}", "an unreadable header"),
+        ('{"schema_version": 1}', "an unreadable header"),
+        ('{"schema_version": 2}', "schema 2"),
+        (json.dumps(asdict(make_table().header)), r"another or a damaged file .*codes"),
+    ],
+)
+def test_headers_and_tensors_of_another_kind_are_refused(tmp_path, header, got):
+    from safetensors.torch import save_file
+
+    save_file({"weights": torch.zeros(2, 3)}, tmp_path / "other.safetensors", metadata={"header": header})
+    with pytest.raises(ValueError, match=f"code table: expected one of schema 1 in .*got {got}.*Next step"):
         CodeTable.load(tmp_path / "other.safetensors")

@@ -58,6 +58,24 @@ def test_a_depth_that_does_not_divide_the_positions_is_refused():
         LAQConfig(code_seq_len=4, fsq_depth=3)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"frame_gap": 0}, r"laq.frame_gap: expected 1 or more, got 0. Next step: use 3"),
+        ({"quantizer": "vqvae"}, r"laq.quantizer: expected one of .* got 'vqvae'. Next step: use fsq"),
+        ({"target": "words"}, r"laq.target: expected one of .* got 'words'. Next step: use pixels"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LAQConfig(**settings)
+
+
+def test_codes_of_another_length_are_refused():
+    with pytest.raises(ValueError, match=r"codes: expected \[B, 4\], got \(2, 3\). Next step: take codes of this LAQ"):
+        make_laq().code_vectors(torch.zeros(2, 3, dtype=torch.long))
+
+
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 @pytest.mark.parametrize(("codebook_size", "code_seq_len"), [(8, 4), (256, 8)])
 def test_codes_are_in_range_and_name_their_vectors(quantizer, codebook_size, code_seq_len):
@@ -120,6 +138,50 @@ def test_codes_do_not_depend_on_the_rest_of_the_batch_or_the_mode():
     assert laq.training
 
 
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_codes_and_pictures_are_the_same_under_autocast(quantizer):
+    """Labels asked for within the autocast of a policy's training are those of the code table."""
+    laq = make_laq(quantizer=quantizer, codebook_size=256)
+    frames = random_frames(64)
+    codes = laq.encode(frames)
+    decoded = laq.decode(frames[:, 0], codes)
+    embedded = laq.embed(frames)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
+        assert torch.equal(laq.encode(frames), codes)
+        assert torch.equal(laq.embed(frames), embedded)
+        assert torch.equal(laq.encode_embedded(embedded), codes)
+        assert torch.equal(laq.decode(frames[:, 0], codes), decoded)
+        assert torch.equal(laq.provide_codes(frames=frames)[0], codes)
+
+
+def calibrate(laq: LatentActionQuantizer) -> None:
+    laq.calibrate(random_frames(16, seed=seed) for seed in range(1, 4))
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_calibration_leaves_what_was_learnt(quantizer):
+    """The decoder knows the codebook that it was trained with."""
+    laq = make_laq(quantizer=quantizer, codebook_size=32)
+    before = {name: value.clone() for name, value in laq.state_dict().items()}
+    calibrate(laq)
+    moved = {name for name, value in laq.state_dict().items() if not torch.equal(value, before[name])}
+    statistics = ("running_mean", "running_var")
+    assert moved == ({f"quantizer.centre.{name}" for name in statistics} if quantizer == "fsq" else set())
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "diveq"])
+def test_calibration_gives_random_weights_a_codebook(quantizer):
+    torch.manual_seed(0)
+    laq = LatentActionQuantizer(LAQConfig(**TINY, quantizer=quantizer))
+    assert not laq.code_vector_table().any()
+    calibrate(laq)
+    assert len(laq.encode(random_frames(64)).unique()) > 1
+    before = laq.code_vector_table()
+    laq.train()(random_frames(16))
+    assert torch.equal(laq.code_vector_table(), before) == (quantizer == "diveq")  # learnt by gradient alone
+
+
 def test_a_transition_run_backwards_has_the_opposite_latents():
     laq = make_laq()
     source, target = laq._transitions(laq.prepare(random_frames(6)))
@@ -142,7 +204,7 @@ def test_images_of_any_size_are_taken():
 
 @pytest.mark.parametrize("wrong", [torch.zeros(2, 2, 16, 16, 3), torch.zeros(2, 2, 3, 16, 16, dtype=torch.uint8)])
 def test_other_layouts_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"expected uint8 tensor \[B, T, H, W, 3\]"):
+    with pytest.raises(ValueError, match=r"expected uint8 tensor \[B, T, H, W, 3\].*Next step"):
         make_laq().encode(wrong)
 
 
@@ -169,6 +231,26 @@ def test_a_folder_with_altered_settings_is_refused(tmp_path: Path):
         LatentActionQuantizer.from_pretrained(tmp_path)
     config.write_text(config.read_text().replace('"num_layers": 1', '"num_layers": 2'))
     with pytest.raises(ValueError, match="expected the settings and weights of one"):
+        LatentActionQuantizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", None),
+        ("model.safetensors", b""),
+        ("model.safetensors", b"these are no weights, but a text of some length"),
+        ("config.json", b"{"),
+        ("config.json", b"\xff\xfe"),
+        ("config.json", b"[1]"),
+        ("config.json", b'{"codebook_size": "8"}'),
+    ],
+)
+def test_a_folder_with_a_damaged_file_is_refused(tmp_path: Path, file, content):
+    make_laq().save_pretrained(tmp_path)
+    whole = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(whole[:-8] if content is None else content)
+    with pytest.raises(ValueError, match=r"LAQ: expected the settings and weights of one in .* got .*Next step"):
         LatentActionQuantizer.from_pretrained(tmp_path)
 
 
@@ -212,7 +294,7 @@ def test_laq_and_table_provide_codes_alike():
         again, all_valid = provider.provide_codes(index=index, frames=frames[index])
         assert torch.equal(again, codes[index])
         assert bool(all_valid.all())
-        with pytest.raises(ValueError, match=r"expected .* got None"):
+        with pytest.raises(ValueError, match=r"expected .* got None. Next step"):
             provider.provide_codes()
 
 

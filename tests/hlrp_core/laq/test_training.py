@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from hlrp_core.laq.config import LAQConfig
+from hlrp_core.laq.config import QUANTIZERS, LAQConfig
 from hlrp_core.laq.pairs import FrameTuples, tuple_starts
 from hlrp_core.laq.probes import (
     CodebookCollapseError,
+    CollapseWatch,
     action_probe_r2,
     check_no_collapse,
     measure_codebook_use,
@@ -21,6 +26,8 @@ from hlrp_core.laq.quantizer import LatentActionQuantizer
 from hlrp_core.laq.training import LAQTrainingConfig, measure_laq, train_laq
 
 CONFIG = LAQConfig(image_size=32, hidden_dim=32, num_layers=2, frame_gap=1, code_seq_len=2)
+SAMPLE = FrameTuples.sample
+ENCODE_UNCALIBRATED = LatentActionQuantizer.encode_uncalibrated
 
 
 def new_laq(seed: int = 0) -> LatentActionQuantizer:
@@ -47,29 +54,59 @@ def test_it_learns_motion_that_random_weights_and_shuffled_codes_do_not_tell(squ
     assert loaded.weights_hash() == LatentActionQuantizer.from_pretrained(folder).weights_hash()
 
 
-def test_a_killed_run_continues_to_the_same_weights(square_tuples, tmp_path, monkeypatch):
+class KilledError(Exception):
+    pass
+
+
+def kill(self, batch_size, *, seed, step, rank):
+    if step == 4:
+        raise KilledError
+    return SAMPLE(self, batch_size, seed=seed, step=step, rank=rank)
+
+
+def interrupt(self, batch_size, *, seed, step, rank):
+    if step == 4:
+        os.kill(os.getpid(), signal.SIGINT)
+    return SAMPLE(self, batch_size, seed=seed, step=step, rank=rank)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("end", [kill, interrupt])
+def test_a_run_that_ended_early_continues_to_the_same_weights(square_tuples, tmp_path, monkeypatch, quantizer, end):
     train, held_out = square_tuples
-    config = LAQTrainingConfig(steps=6, batch_size=8, log_freq=3, save_freq=3)
-    whole = new_laq()
-    train_laq(whole, train, held_out, config, output_dir=tmp_path / "whole")
+    train, held_out = train.spread(200), held_out.spread(64)
+    settings = replace(CONFIG, quantizer=quantizer)
+    config = LAQTrainingConfig(steps=8, batch_size=8, log_freq=2, save_freq=3)
 
-    class KilledError(Exception):
-        pass
+    def run(folder: Path) -> str | None:
+        torch.manual_seed(0)
+        laq = LatentActionQuantizer(settings)
+        figures = train_laq(laq, train, held_out, config, output_dir=folder)
+        return None if figures is None else laq.weights_hash()
 
-    sample = FrameTuples.sample
-
-    def kill_at_five(self, batch_size, *, seed, step):
-        if step == 4:
-            raise KilledError
-        return sample(self, batch_size, seed=seed, step=step)
-
+    whole = run(tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(FrameTuples, "sample", kill_at_five)
-        with pytest.raises(KilledError):
-            train_laq(new_laq(), train, held_out, config, output_dir=tmp_path / "killed")
-    continued = new_laq()
-    train_laq(continued, train, held_out, config, output_dir=tmp_path / "killed")
-    assert continued.weights_hash() == whole.weights_hash()
+        patch.setattr(FrameTuples, "sample", end)
+        if end is kill:
+            with pytest.raises(KilledError):
+                run(tmp_path / "ended")
+        else:
+            assert run(tmp_path / "ended") is None
+    torch.manual_seed(1)  # another process starts with other random numbers
+    assert run(tmp_path / "ended") == whole
+    records = [(tmp_path / name / "run" / "metrics.jsonl").read_text() for name in ("whole", "ended")]
+    assert records[0] == records[1]
+    figures = [(tmp_path / name / "metrics.json").read_text() for name in ("whole", "ended")]
+    assert figures[0] == figures[1]
+
+
+def test_each_process_has_batches_of_its_own(square_tuples):
+    train, _ = square_tuples
+    batches = [train.sample(16, seed=3, step=step, rank=rank) for step in (0, 1) for rank in (0, 1, 2)]
+    assert all(not torch.equal(one, other) for i, one in enumerate(batches) for other in batches[:i])
+    assert torch.equal(train.sample(16, seed=3, step=1, rank=2), batches[-1])
+    only = np.random.default_rng([3, 1]).integers(len(train), size=16)  # one process: as before there were several
+    assert torch.equal(train.sample(16, seed=3, step=1), train.read(only))
 
 
 def test_another_run_in_the_same_folder_is_refused(square_tuples, tmp_path):
@@ -84,6 +121,79 @@ def test_collapse_is_an_error_that_says_what_to_change():
     use = measure_codebook_use(torch.zeros(50, 4, dtype=torch.long), 8)
     with pytest.raises(CodebookCollapseError, match=r"collapsed.*quantizer=fsq"):
         check_no_collapse(use, 8)
+
+
+def codes_with_a_lost_position() -> torch.Tensor:
+    return torch.stack([torch.arange(64) % 8, torch.full((64,), 3), torch.arange(64) % 4], dim=1)
+
+
+def test_a_single_collapsed_position_is_an_error_that_names_it():
+    use = measure_codebook_use(codes_with_a_lost_position(), 8)
+    assert use.perplexities.tolist() == pytest.approx([8, 1, 4])
+    assert use.perplexity == pytest.approx(13 / 3)
+    message = r"each of 3 positions, got a perplexity of 1.00 at position 2, of 8: .*fewer positions"
+    with pytest.raises(CodebookCollapseError, match=message):
+        check_no_collapse(use, 8)
+
+
+def test_a_position_may_be_lost_for_a_while():
+    lost = measure_codebook_use(codes_with_a_lost_position(), 8)
+    elsewhere = measure_codebook_use(codes_with_a_lost_position().flip(1)[:, [1, 0, 2]], 8)
+    watch = CollapseWatch(patience=3)
+    for use in (lost, lost, elsewhere, lost, lost):
+        watch.look(use, 8)
+    with pytest.raises(CodebookCollapseError, match="position 2"):
+        watch.look(lost, 8)
+
+
+def test_training_reports_the_use_of_the_codebook(square_tuples, tmp_path):
+    train, held_out = square_tuples
+    config = LAQTrainingConfig(steps=4, batch_size=8, log_freq=2)
+    figures = train_laq(new_laq(), train, held_out, config, output_dir=tmp_path)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    for record in (*map(json.loads, lines), figures):
+        assert len(record["perplexity_by_position"]) == 2
+        assert record["perplexity"] == pytest.approx(sum(record["perplexity_by_position"]) / 2)
+        assert 1 < record["perplexity"] <= 8
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_looking_at_the_codes_changes_nothing_and_sees_what_calibration_would_give(square_tuples, quantizer):
+    train, held_out = square_tuples
+    torch.manual_seed(0)
+    laq = LatentActionQuantizer(replace(CONFIG, quantizer=quantizer))
+    for step in range(3):
+        laq.train()(train.sample(64, seed=0, step=step))
+    before, random_state = laq.weights_hash(), torch.get_rng_state()
+    codes = laq.encode_uncalibrated(held_out.batches(64))
+    assert laq.weights_hash() == before
+    assert laq.training
+    assert torch.equal(torch.get_rng_state(), random_state)
+    laq.calibrate(held_out.batches(len(held_out)))
+    calibrated = laq.encode(held_out.read(np.arange(len(held_out))))
+    assert (codes == calibrated).float().mean() > 0.99  # of few, the spread is estimated a little differently
+
+
+def lose_second_position(self, batches):
+    codes = ENCODE_UNCALIBRATED(self, batches)
+    return torch.stack([codes[:, 0], torch.zeros_like(codes[:, 0])], dim=1)
+
+
+def test_a_position_that_stays_collapsed_ends_the_training(square_tuples, tmp_path, monkeypatch):
+    """But not while codes are not yet quantised in full, which here lasts until step 8."""
+    train, held_out = square_tuples
+    config = LAQTrainingConfig(steps=20, batch_size=4, log_freq=2, soft_share=0.4)
+    monkeypatch.setattr(LatentActionQuantizer, "encode_uncalibrated", lose_second_position)
+    with pytest.raises(CodebookCollapseError, match=r"1\.00 at position 2"):
+        train_laq(new_laq(), train, held_out, config, output_dir=tmp_path)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8, 10, 12]  # 8, 10 and 12 count
+    few = held_out.spread(8)
+    with pytest.raises(CodebookCollapseError, match="position 2"):  # then training pairs tell
+        train_laq(new_laq(), train, few, config, output_dir=tmp_path / "few")
+    figures = train_laq(new_laq(), train.spread(16), few, config, output_dir=tmp_path / "none")  # too few to judge
+    assert figures is not None
 
 
 @pytest.mark.parametrize("num_held_out", [1, 2])

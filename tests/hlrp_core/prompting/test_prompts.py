@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -168,6 +170,69 @@ def test_a_processor_that_adds_tokens_of_its_own_is_an_error_at_setup(make_tiny_
         backend.setup(device=torch.device("cpu"))
 
 
+FIELDS = {
+    "system": "{}",
+    "few_shot": "{}",
+    "instruction_template": "{} {{instruction}}",
+    "state_template": "{} {{state}}",
+}
+
+
+@pytest.fixture(scope="module")
+def reword(build: Callable) -> Callable[..., ComposedBackend]:
+    """A backend with other settings of the prompt; of each name one is made."""
+    built = cache(build)
+
+    def reword(name: str, **prompt) -> ComposedBackend:
+        backend = built(name)
+        backend.prompting = type(backend.prompting)(backend.core, PromptConfig(**prompt))
+        return backend
+
+    return reword
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize(
+    ("name", "token"),
+    [
+        (CHAT, "<|image_pad|>"),
+        (PLAIN, "<|image_pad|>"),
+        ("smol_chat", "<image>"),
+        ("smol_plain", "<image>"),
+        ("smol_plain", "<global-img>"),
+        ("smol_chat", "<row_2_col_3>"),
+    ],
+)
+def test_a_setting_with_an_image_token_is_refused(name, token, field, reword):
+    with pytest.raises(ValueError, match=rf"prompt\.{field}: expected .*{re.escape(token)}.*Next step: leave it out"):
+        reword(name, **{field: FIELDS[field].format(f"see {token}:")})
+
+
+@pytest.mark.parametrize("token", ["<|im_start|>", "<|vision_start|>", "<ACT_3>"])
+@pytest.mark.parametrize("name", [CHAT, PLAIN])
+def test_special_tokens_are_tokens_or_refused(name, token, reword):
+    for field in ("system", "few_shot"):
+        backend = reword(name, **{field: f"a {token} b"})
+        assert f"a {token} b" in read(backend, "go")
+        token_id, ids = backend.core.tokenizer.convert_tokens_to_ids(token), prompt_ids(backend, "go")
+        usual = prompt_ids(reword(name, **{field: "a b"}), "go")
+        assert ids.count(token_id) == usual.count(token_id) + 1
+    for field in ("instruction_template", "state_template"):  # beside the user's words, they would be letters
+        with pytest.raises(ValueError, match=rf"prompt\.{field}: expected plain text.*{re.escape(token)}.*Next step"):
+            reword(name, **{field: FIELDS[field].format(token)})
+
+
+@pytest.mark.parametrize("name", [CHAT, "smol_chat"])
+def test_a_token_of_another_family_is_plain_text(name, reword):
+    token = "<global-img>" if name == CHAT else "<|vision_start|>"
+    assert token in read(reword(name, instruction_template=f"{token} {{instruction}}"), "go")
+
+
+def test_a_prompt_that_cannot_be_is_an_error_when_the_backend_is_made(build):
+    with pytest.raises(ValueError, match=r"prompt\.few_shot: expected"):
+        build(PLAIN, few_shot="<|image_pad|>")
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
@@ -179,7 +244,7 @@ def test_a_processor_that_adds_tokens_of_its_own_is_an_error_at_setup(make_tiny_
     ],
 )
 def test_settings_out_of_range(setting, value):
-    with pytest.raises(ValueError, match=rf"prompt\.{setting}: expected"):
+    with pytest.raises(ValueError, match=rf"prompt\.{setting}: expected.*Next step"):
         PromptConfig(**{setting: value})
 
 

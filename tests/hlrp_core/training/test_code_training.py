@@ -135,6 +135,19 @@ def test_an_interrupt_saves_and_says_how_to_go_on(number, build, tmp_path, capsy
     assert done.step == 6
 
 
+def test_how_often_it_is_evaluated_changes_nothing(build, tmp_path):
+    """A flow draws noise in its loss; a loader draws its seed where a pass over it begins."""
+    trained = []
+    for eval_freq in (1, 0):
+        backend = build("qwen_vector_head", vector_objective="flow")
+        batches = make_batches(backend)
+        held_out = torch.utils.data.DataLoader(batches[:1], batch_size=None, shuffle=True)
+        config = replace(CONFIG, steps=3, eval_freq=eval_freq, save_freq=0)
+        train_codes(backend, batches, config, output_dir=tmp_path / f"{eval_freq}", eval_batches=held_out)
+        trained.append(backend.state_dict())
+    assert all(torch.equal(tensor, trained[1][name]) for name, tensor in trained[0].items())
+
+
 def test_another_run_is_not_continued(build, tmp_path):
     batches = make_batches(build())
     short = replace(CONFIG, steps=1)
