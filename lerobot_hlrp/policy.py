@@ -76,7 +76,8 @@ class HLRPPolicy(PreTrainedPolicy):
         labels = open_label_source(config, dataset_meta)
         episodes, self._supervision = None, None
         if dataset_meta is not None:
-            if config.needs_code_labels and labels is None:
+            # A saved policy may be loaded beside a dataset to act alone, as LeRobot's recording does.
+            if backend is None and config.needs_code_labels and labels is None:
                 raise missing_labels(config)
             episodes = _claim_action_episodes(config, dataset_meta)
             if episodes is not None:

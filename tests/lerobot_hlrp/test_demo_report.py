@@ -93,7 +93,7 @@ def test_an_unknown_preset_is_refused_with_the_closest_one(tmp_path):
     ):
         run_demo(DemoConfig(preset="smok", output_dir=tmp_path))
     with pytest.raises(
-        ValueError, match=r"--preset: expected one of smoke, demo, full, got 'x'\. Next step: choose one"
+        ValueError, match=r"--preset: expected one of smoke, demo, full, got 'x'\. Next step: Choose one"
     ):
         run_demo(DemoConfig(preset="x", output_dir=tmp_path))
 
