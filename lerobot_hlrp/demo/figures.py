@@ -105,7 +105,7 @@ def draw_codes_training(trainings: list[dict[str, list[float]]], path: Path) -> 
         start = steps[-1]
     left.set(title="Stage 2: loss of the code tokens", xlabel="training step")
     right.set(title="Stage 2: code accuracy", xlabel="training step", ylim=(0, None))
-    right.legend(right.get_lines()[:2], ["model", "best constant"], frameon=False)
+    right.legend(right.get_lines()[:2], ["model", "best constant"], frameon=False, loc="lower right")
     return _save(figure, path)
 
 
