@@ -109,7 +109,10 @@ class BatchReader:
         if self.action_episodes is None:
             return None
         if is_held_out and batch.get(ACTION) is not None:
-            return batch[ACTION].isfinite().flatten(1).all(1)
+            is_known = batch[ACTION].isfinite()
+            is_known = is_known.all(-1) if is_known.ndim == 3 else is_known  # (B, C)
+            is_pad = batch.get("action_is_pad")
+            return (is_known if is_pad is None else is_known | is_pad).all(1)
         episodes = batch["episode_index"].flatten()
         return torch.isin(episodes, self.action_episodes.to(episodes.device))
 

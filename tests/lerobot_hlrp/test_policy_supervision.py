@@ -34,9 +34,11 @@ def test_held_out_samples_without_actions_do_not_count(make_tiny_policy, make_le
     batch = make_lerobot_batch()
     batch["action"][1] = float("nan")
     batch["observation.state"][1] = float("nan")
+    batch["action"][0, -1] = float("nan")  # past the end of the episode: the sample still counts
     loss, _ = policy(batch)
     per_sample, _ = policy(batch, reduction="none")
     assert per_sample[1] == 0
+    assert per_sample[0] > 0
     assert loss.item() == pytest.approx(per_sample[[0, 2]].mean().item(), rel=1e-5)
     assert loss > 0
 
