@@ -230,9 +230,11 @@ def build_saved_backend(
                 f"{name}: expected {getattr(saved, name)} as in the checkpoint {folder}, got {getattr(config, name)}. "
                 "Next step: leave the setting out, or train a new model for other codes."
             )
+    recipe = get_recipe(config.name)
+    recipe.check(config)
     core = build_core(
         folder / BACKBONE,
-        family=get_recipe(config.name).family,
+        family=recipe.family,
         image_size=config.image_size,
         image_splitting=config.image_splitting,
         dtype=dtype or manifest["dtype"],
@@ -243,7 +245,7 @@ def build_saved_backend(
             f"{BACKBONE}/config.json: expected {manifest['vocabulary_rows']} vocabulary rows, got {rows}. "
             "Next step: copy or download the folder anew."
         )
-    backend = get_recipe(config.name).compose(config, core, False)
+    backend = recipe.compose(config, core, False)
     if code_token_ids(backend) != manifest["code_ids"]:
         raise BundleError(
             f"tokenizer: expected the code ids of the weights ({_brief(manifest['code_ids'])}), got "

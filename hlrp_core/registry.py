@@ -30,11 +30,13 @@ class BackendRecipe:
         compose: builds the backend on a loaded core. With `is_new` the core's vocabulary has yet to get the codes'
             rows; without, its weights come from a saved backend.
         predicts_vectors: it predicts a LAQ's code vectors, which `make_backend` must be given.
+        check: raises `ValueError` where settings do not go together on it; called before weights are loaded.
     """
 
     family: str
     compose: Callable[[BackendConfig, ModelCore, bool], ComposedBackend]
     predicts_vectors: bool = False
+    check: Callable[[BackendConfig], None] = lambda config: None
 
 
 _RECIPES: dict[str, BackendRecipe] = {}
@@ -58,6 +60,12 @@ def _compose_tokens(prompting: str) -> Callable[[BackendConfig, ModelCore, bool]
     return compose
 
 
+def _check_tokens(config: BackendConfig) -> None:
+    from hlrp_core.backends.composition import check_decoding
+
+    check_decoding(config)
+
+
 def _compose_latent(prompting: str) -> Callable[[BackendConfig, ModelCore, bool], ComposedBackend]:
     def compose(config: BackendConfig, core: ModelCore, is_new: bool) -> ComposedBackend:
         from hlrp_core.backends.latent_backends import compose_latent_backend
@@ -76,12 +84,12 @@ def _compose_vector(prompting: str) -> Callable[[BackendConfig, ModelCore, bool]
     return compose
 
 
-register_backend("qwen_chat", BackendRecipe("qwen3_vl", _compose_tokens("chat")))
-register_backend("qwen_plain", BackendRecipe("qwen3_vl", _compose_tokens("plain")))
+register_backend("qwen_chat", BackendRecipe("qwen3_vl", _compose_tokens("chat"), check=_check_tokens))
+register_backend("qwen_plain", BackendRecipe("qwen3_vl", _compose_tokens("plain"), check=_check_tokens))
 register_backend("qwen_latent_head", BackendRecipe("qwen3_vl", _compose_latent("plain")))
 register_backend("qwen_vector_head", BackendRecipe("qwen3_vl", _compose_vector("plain"), predicts_vectors=True))
-register_backend("smol_chat", BackendRecipe("smolvlm", _compose_tokens("chat")))
-register_backend("smol_plain", BackendRecipe("smolvlm", _compose_tokens("plain")))
+register_backend("smol_chat", BackendRecipe("smolvlm", _compose_tokens("chat"), check=_check_tokens))
+register_backend("smol_plain", BackendRecipe("smolvlm", _compose_tokens("plain"), check=_check_tokens))
 register_backend("smol_latent_head", BackendRecipe("smolvlm", _compose_latent("plain")))
 register_backend("smol_vector_head", BackendRecipe("smolvlm", _compose_vector("plain"), predicts_vectors=True))
 
@@ -135,6 +143,7 @@ def make_backend(
             f"{settings['code_vector_dim']}. Next step: leave it out, or choose a backend that predicts vectors."
         )
     config = BackendConfig(name=name, codebook_size=codebook_size, code_seq_len=code_seq_len, **settings)
+    recipe.check(config)
     from hlrp_core.backbones.loading import load_core
     from hlrp_core.heads import hand_over_code_vectors
 

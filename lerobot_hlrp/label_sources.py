@@ -267,7 +267,13 @@ def read_frame_offsets(laq: str, frame_gap: int | None = None) -> list[int]:
         f"{laq}, which has none",
         "Give the folder that hlrp-laq-train wrote.",
     )
-    settings = LAQConfig(**json.loads(path.read_text(encoding="utf-8")))
+    try:
+        settings = LAQConfig(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"laq: expected the settings of a LAQ in {path}, got something else ({error}). "
+            "Next step: copy or download it anew, or check the name."
+        ) from error
     return [(frame_gap or settings.frame_gap) * step for step in range(settings.num_frames)]
 
 

@@ -313,6 +313,7 @@ _MODELS: dict[str, Callable[[ProcessorMixin, str, int], PreTrainedModel]] = {
     "qwen3_vl": _qwen3_vl_model,
     "smolvlm": _smolvlm_model,
 }
+_IMAGE_TOKENS = {"qwen3_vl": "<|image_pad|>", "smolvlm": "<image>"}
 FAMILIES = tuple(_MODELS)
 
 
@@ -345,7 +346,10 @@ def write_random_checkpoint(
         raise ValueError(
             f"folder: expected a new or empty one, got {folder} with files in it. Next step: name another or delete it."
         )
-    made = _PROCESSORS[family](*_DEFAULT_IMAGE[family][size]) if processor is None else _load_processor(processor)
+    if processor is None:
+        made = _PROCESSORS[family](*_DEFAULT_IMAGE[family][size])
+    else:
+        made = _load_processor(processor, family)
     # a multiple of 64 with room for small codebooks, as real checkpoints have it
     num_embeddings = -(-(len(made.tokenizer) + 32) // 64) * 64  # type: ignore[attr-defined]
     with torch.random.fork_rng(devices=[]):
@@ -365,13 +369,29 @@ def write_random_checkpoint(
     return folder
 
 
-def _load_processor(folder: str | Path) -> ProcessorMixin:
+def _load_processor(folder: str | Path, family: str) -> ProcessorMixin:
     if not Path(folder).is_dir():
         raise ValueError(
             f"processor: expected a folder with a published processor's files, got {folder}, which is none. "
             "Next step: check the path, or leave it out to get a small processor."
         )
-    return AutoProcessor.from_pretrained(folder)
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"processor: expected a folder with a published processor's files, got {folder}, where they are incomplete "
+            f"or damaged. Next step: copy or download it anew. ({str(error).partition(chr(10))[0]})"
+        ) from error
+    token = _IMAGE_TOKENS[family]
+    tokenizer = getattr(processor, "tokenizer", None)
+    # where the files of a tokenizer are missing, transformers makes one that knows its special tokens alone
+    if tokenizer is None or token not in tokenizer.get_vocab() or not tokenizer.encode("reach"):
+        raise ValueError(
+            f"processor: expected one of the {family} family, with image settings and a tokenizer that knows words and "
+            f"{token}, got a {type(processor).__name__} without them in {folder}. Next step: copy or download its "
+            "files anew, or choose the other family."
+        )
+    return processor
 
 
 def describe_checkpoint(folder: str | Path) -> str:

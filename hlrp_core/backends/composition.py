@@ -6,9 +6,8 @@ from hlrp_core.backbones.model_core import ModelCore
 from hlrp_core.backends.composed import ComposedBackend
 from hlrp_core.backends.config import BackendConfig
 from hlrp_core.expectation import expect
-from hlrp_core.heads import ActionHeadConfig, build_action_head
+from hlrp_core.heads import build_action_head
 from hlrp_core.heads.code_head import CodeHead
-from hlrp_core.heads.code_tokens import CodeTokenHead
 from hlrp_core.prompting.catalogue import PROMPTINGS
 
 
@@ -28,20 +27,40 @@ def keep_vocabulary(config: BackendConfig, core: ModelCore) -> None:
         core.lm_head.requires_grad_(False)
 
 
+def check_decoding(config: BackendConfig) -> None:
+    """What an action head needs of codes that are written as tokens. Known before anything is loaded.
+
+    Raises:
+        ValueError: their decoding does not give it.
+    """
+    head = config.action_head
+    if head is None:
+        return
+    expect(
+        head.code_conditioning == "none" or config.decoding != "free",
+        "decoding",
+        f"'constrained' or 'generate' with an action head that is conditioned on codes ('{head.kind}')",
+        "'free', whose codes may fail to parse",
+        "decoding=constrained.",
+    )
+    expect(
+        head.code_conditioning != "soft" or config.decoding == "constrained",
+        "code_conditioning=soft",
+        "decoding='constrained', which gives logits",
+        repr(config.decoding),
+        "decoding=constrained, or code_conditioning=tokens.",
+    )
+
+
 def compose_backend(config: BackendConfig, core: ModelCore, *, prompting: str, code_head: CodeHead) -> ComposedBackend:
     """The backend of a core whose vocabulary is complete, with the prompting strategy and action head of `config`.
 
     Args:
         prompting: one of `PROMPTINGS`.
         code_head: made for this core.
-
-    Raises:
-        ValueError: the action head needs something of the codes that their decoding does not give.
     """
     action_head = None
     if config.action_head is not None:
-        if isinstance(code_head, CodeTokenHead):
-            _check_decoding(config.decoding, config.action_head)
         action_head = build_action_head(
             config.action_head,
             prefix_dim=core.hidden_dim,
@@ -54,21 +73,4 @@ def compose_backend(config: BackendConfig, core: ModelCore, *, prompting: str, c
         prompting=PROMPTINGS[prompting](core, config.prompt),
         code_head=code_head,
         action_head=action_head,
-    )
-
-
-def _check_decoding(decoding: str, head: ActionHeadConfig) -> None:
-    expect(
-        head.code_conditioning == "none" or decoding != "free",
-        "decoding",
-        f"'constrained' or 'generate' with an action head that is conditioned on codes ('{head.kind}')",
-        "'free', whose codes may fail to parse",
-        "decoding=constrained.",
-    )
-    expect(
-        head.code_conditioning != "soft" or decoding == "constrained",
-        "code_conditioning=soft",
-        "decoding='constrained', which gives logits",
-        repr(decoding),
-        "decoding=constrained, or code_conditioning=tokens.",
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hlrp_core.backbones.model_core import ModelCore
 from hlrp_core.backends.composed import ComposedBackend
-from hlrp_core.backends.composition import compose_backend
+from hlrp_core.backends.composition import check_decoding, compose_backend
 from hlrp_core.backends.config import BackendConfig
 from hlrp_core.codes.decoding import make_decoder
 from hlrp_core.codes.token_scheme import CodeVocabulary, add_code_tokens
@@ -21,7 +21,11 @@ def compose_token_backend(config: BackendConfig, core: ModelCore, *, prompting: 
     """Add the code tokens to the core, and compose it with a prompting strategy and the heads.
 
     A backbone that already holds the tokens, such as one that was trained on codes before, keeps their rows.
+
+    Raises:
+        ValueError: the action head needs something of the codes that their decoding does not give.
     """
+    check_decoding(config)
     num_added = add_code_tokens(core.tokenizer, config.token_scheme, config.codebook_size)
     vocabulary = CodeVocabulary(core.tokenizer, config.token_scheme, config.codebook_size, config.code_seq_len)
     if is_new:

@@ -103,6 +103,13 @@ def test_settings_that_cannot_work(settings, text, tiny_qwen):
     assert "Next step: " in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["qwen_chat", "qwen_plain", "smol_chat", "smol_plain"])
+def test_a_decoding_that_cannot_work_is_refused_before_weights_are_loaded(name):
+    head = ActionHeadConfig(kind="mlp", code_conditioning="tokens")
+    with pytest.raises(ValueError, match=r"decoding: expected 'constrained' or 'generate'"):
+        make_backend(name, backbone="/nowhere", action_head=head, decoding="free", **SIZES)
+
+
 @pytest.mark.parametrize(
     ("setting", "text"),
     [

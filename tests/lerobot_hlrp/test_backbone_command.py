@@ -68,6 +68,20 @@ def test_user_errors_are_one_message(flags, text, tmp_path, capsys):
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("part", ["everything", "tokenizer.json", "processor_config.json", "its family"])
+def test_a_processor_that_cannot_be_used(part, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    run(f"--output={broken}", f"--family={'smolvlm' if part == 'its family' else 'qwen3_vl'}")
+    for path in broken.glob("*" if part == "everything" else part):
+        path.unlink()
+    with pytest.raises(SystemExit):
+        run(f"--output={tmp_path / 'b'}", f"--processor={broken}")
+    printed = capsys.readouterr().err
+    assert "processor: expected " in printed
+    assert "Next step: copy or download" in printed
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_file_in_the_way_is_named(tmp_path, capsys):
     (tmp_path / "mine").write_text("precious")
     for output in ("mine", "mine/b"):

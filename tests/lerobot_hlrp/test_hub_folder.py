@@ -66,5 +66,12 @@ def test_a_laq_on_the_hub(tiny_laq, monkeypatch):
     assert download.call_count == 2  # settings are fetched once, however often LeRobot asks
 
 
+@pytest.mark.parametrize("settings", ["{", "[1, 2]", '{"hidden_size": 3}'])
+def test_settings_of_something_else_are_no_laq(settings, tmp_path):
+    (tmp_path / "config.json").write_text(settings)
+    with pytest.raises(ValueError, match=r"laq: expected the settings of a LAQ in .*config\.json.*Next step"):
+        read_frame_offsets(str(tmp_path))
+
+
 def test_long_errors_are_shortened():
     assert len(shorten_error(RuntimeError("word " * 1000))) < 350
