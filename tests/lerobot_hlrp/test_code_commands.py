@@ -1,4 +1,4 @@
-"""hlrp-train-codes, hlrp-eval-codes, and the batches between a LeRobotDataset and the core."""
+"""hlrp-train-codes and hlrp-eval-codes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from hlrp_core.laq.code_table import CodeTable
 from hlrp_core.registry import available_backends, get_recipe
 from lerobot_hlrp.cli import eval_codes, train_codes
 from lerobot_hlrp.cli.command import run_command, spell_flags
-from lerobot_hlrp.foundation_batches import FoundationBatches, load_datasets, spread
-from lerobot_hlrp.policy_types import build_policy_config, find_policy_type, make_code_policy
+from lerobot_hlrp.foundation_batches import FoundationBatches
+from lerobot_hlrp.policy_types import build_policy_config, find_policy_type
 
 SPLIT = 0.5  # episodes 0 and 1 train, 2 and 3 are held out: of each task the last one
 HELD_OUT = [2, 3]
@@ -236,6 +236,17 @@ def test_data_labels_and_places_that_are_not_there(tiny_qwen, tiny_dataset, code
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_policy_types_and_settings_of_a_backend(trained):
+    assert find_policy_type("qwen_chat") == ("hlrp_qwen", "chat", "tokens")
+    with pytest.raises(ValueError, match="qwen_chat"):
+        find_policy_type("nothing")
+    backend = load_backend(trained)
+    config = build_policy_config(backend.config)
+    for name in ("codebook_size", "code_seq_len", "prompt", "token_scheme", "image_size", "decoding", "freeze_vision"):
+        assert getattr(config, name) == getattr(backend.config, name)
+    assert (config.prompting, config.code_head, config.mode) == ("plain", "tokens", "codes")
+
+
 # -- devices ----------------------------------------------------------------------------------------------------------
 
 
@@ -395,76 +406,3 @@ def test_errors_of_evaluation(trained, tiny_videos, tiny_dataset, code_table, tm
         evaluate(tiny_videos, trained, f"--codes={code_table(tiny_videos, laq_hash='other')}")
     with pytest.raises(ValueError, match=r"codebook_size: expected 8.*got 16"):
         evaluate(tiny_videos, trained, f"--codes={code_table(tiny_videos, codebook_size=16)}")
-
-
-# -- batches ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def policy_and_data(tiny_qwen, tiny_dataset, code_table):
-    dataset = DatasetConfig("test/tiny", root=str(tiny_dataset), eval_split=SPLIT)
-    policy, _ = make_code_policy(
-        dataset, "qwen_plain", device="cpu", backbone=str(tiny_qwen), codes=str(code_table(tiny_dataset))
-    )
-    return policy, load_datasets(dataset, policy.config)
-
-
-def codes_of(batches) -> list[tuple[int, ...]]:
-    return [tuple(row) for batch in batches for row in batch.target_codes.tolist()]
-
-
-def test_batches_cover_every_labelled_frame_once(policy_and_data, tiny_dataset, code_table):
-    policy, (training, _) = policy_and_data
-    in_order = FoundationBatches(training, policy.reader, batch_size=4)
-    shuffled = FoundationBatches(training, policy.reader, batch_size=4, shuffle_seed=1)
-    expected = sorted(tuple((i + s) % 8 for s in range(4)) for i in [*range(9), *range(12, 18)])
-    assert len(in_order) == 4
-    assert [batch.batch_size for batch in in_order] == [4, 4, 4, 3]
-    for batches in (in_order, shuffled):
-        assert sorted(codes_of(batches)) == expected
-        assert all(bool(batch.codes_mask().all()) for batch in batches)
-        assert all(batch.frames.dtype == torch.uint8 and batch.frames.shape[1] == 1 for batch in batches)
-    first, second = (codes_of(shuffled.read_from(epoch, 0)) for epoch in (0, 1))
-    assert first != second != codes_of(in_order)
-    assert codes_of(shuffled.read_from(1, 2)) == second[8:]
-    other_seed = FoundationBatches(training, policy.reader, batch_size=4, shuffle_seed=2)
-    assert codes_of(other_seed) != first
-
-
-def test_reading_draws_no_global_random_numbers(policy_and_data):
-    policy, (training, _) = policy_and_data
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    for _ in FoundationBatches(training, policy.reader, batch_size=4, shuffle_seed=1):
-        pass
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_processes_share_the_frames(policy_and_data):
-    policy, (training, _) = policy_and_data
-    shards = [
-        FoundationBatches(training, policy.reader, batch_size=2, shuffle_seed=1, shard=(rank, 2)) for rank in (0, 1)
-    ]
-    assert len(shards[0]) == len(shards[1])  # or else one process would wait for the other for ever
-    seen = [set(torch.cat([torch.tensor(b) for b in s._batches_of(0)]).tolist()) for s in shards]
-    assert not seen[0] & seen[1]
-    assert len(seen[0] | seen[1]) == 14
-
-
-def test_spreading():
-    items = torch.arange(10) * 7
-    assert torch.equal(spread(items, 0), items)
-    assert torch.equal(spread(items, 10), items)
-    assert spread(items, 4).tolist() == [0, 21, 42, 63]
-    assert spread(items, 1).tolist() == [0]
-
-
-def test_policy_types_and_settings_of_a_backend(trained):
-    assert find_policy_type("qwen_chat") == ("hlrp_qwen", "chat", "tokens")
-    with pytest.raises(ValueError, match="qwen_chat"):
-        find_policy_type("nothing")
-    backend = load_backend(trained)
-    config = build_policy_config(backend.config)
-    for name in ("codebook_size", "code_seq_len", "prompt", "token_scheme", "image_size", "decoding", "freeze_vision"):
-        assert getattr(config, name) == getattr(backend.config, name)
-    assert (config.prompting, config.code_head, config.mode) == ("plain", "tokens", "codes")

@@ -1,4 +1,4 @@
-"""hlrp-laq-train and hlrp-label on a real dataset: fast reading equals LeRobot's own, labels equal the LAQ's codes."""
+"""hlrp-laq-train and hlrp-label on a real dataset: labels equal the LAQ's codes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,9 +23,8 @@ from hlrp_core.laq.quantizer import LatentActionQuantizer
 from lerobot_hlrp.cli.label import LabelCommand, label
 from lerobot_hlrp.cli.laq_train import TrainLAQCommand, train
 from lerobot_hlrp.fingerprint import dataset_fingerprint
-from lerobot_hlrp.frame_reader import EpisodeFrames, Piece, choose_camera, read_actions, read_frame
+from lerobot_hlrp.frame_reader import EpisodeFrames, choose_camera, read_actions, read_frame
 from lerobot_hlrp.labelling import PartialTable, encode_frames, label_dataset
-from lerobot_hlrp.laq_data import TuplePlan, cache_frames, sum_over_gap
 
 TINY = LAQConfig(image_size=16, hidden_dim=16, num_layers=1, frame_gap=2, code_seq_len=2)
 
@@ -123,29 +121,6 @@ def test_a_single_held_out_pair_will_do(tiny_dataset, tmp_path):
     assert LatentActionQuantizer.from_pretrained(tmp_path / "laq").frame_gap == 9
 
 
-@pytest.mark.parametrize("num_frames", [4, 256])
-@pytest.mark.parametrize("fixture", ["tiny_dataset", "tiny_videos"])
-def test_fast_reading_equals_lerobots_items(fixture, num_frames, request):
-    dataset = open_dataset(request.getfixturevalue(fixture))
-    camera = choose_camera(dataset.meta, None)
-    episodes = EpisodeFrames(dataset, camera)
-    frames = [frame for piece in episodes.pieces(num_frames=num_frames) for frame in episodes.read(piece)]
-    assert len(frames) == len(dataset)
-    for index, frame in enumerate(frames):
-        np.testing.assert_array_equal(frame, read_frame(dataset, camera, index))
-
-
-def test_pieces_have_every_tuple_once(tiny_dataset):
-    episodes = EpisodeFrames(open_dataset(tiny_dataset), "observation.images.top")
-    assert episodes.lengths == [12, 9, 14, 10]
-    assert [piece for piece in episodes.pieces(overlap=2, num_frames=5) if piece.episode in (0, 2)] == [
-        *((0, 0, 7), (0, 5, 12)),
-        *((2, 0, 7), (2, 5, 12), (2, 10, 14)),
-    ]
-    assert {piece.episode for piece in episodes.pieces(overlap=10)} == {0, 2}
-    assert [piece.start for piece in episodes.pieces(overlap=10, num_frames=1)] == [0, 1, 0, 1, 2, 3]
-
-
 def test_labels_are_the_codes_of_lerobots_pairs(labelled, trained, tiny_dataset):
     laq = LatentActionQuantizer.from_pretrained(trained)
     dataset, table = open_dataset(tiny_dataset), CodeTable.load(labelled)
@@ -234,64 +209,6 @@ def test_a_partial_table_of_another_laq_is_not_continued(tmp_path):
     assert PartialTable(tmp_path / "t", "other", (4, 2)).num_frames == 0
 
 
-def test_a_killed_cache_is_continued(tiny_dataset, tmp_path, monkeypatch):
-    dataset = open_dataset(tiny_dataset)
-    camera, path = choose_camera(dataset.meta, None), tmp_path / "a.npy"
-    whole = np.array(cache_frames(dataset, camera, 16, path, fingerprint="f"))
-    path.unlink()
-    read, read_piece = [], EpisodeFrames.read
-
-    def kill_in_third(self, piece):
-        if piece.episode == 2:
-            raise KeyboardInterrupt
-        return read_piece(self, piece)
-
-    def note(self, piece):
-        read.append(piece.episode)
-        return read_piece(self, piece)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(EpisodeFrames, "read", kill_in_third)
-        with pytest.raises(KeyboardInterrupt):
-            cache_frames(dataset, camera, 16, path, fingerprint="f", save_interval_s=0)
-    monkeypatch.setattr(EpisodeFrames, "read", note)
-    np.testing.assert_array_equal(cache_frames(dataset, camera, 16, path, fingerprint="f"), whole)
-    assert read == [2, 3]
-    np.testing.assert_array_equal(cache_frames(dataset, camera, 16, path, fingerprint="f"), whole)
-    assert read == [2, 3]
-    other = cache_frames(dataset, camera, 8, path, fingerprint="f")
-    assert other.shape == (45, 8, 8, 3)
-
-
-def test_video_without_actions_trains_without_probe(tiny_videos, tmp_path):
-    dataset = open_dataset(tiny_videos)
-    frames = cache_frames(dataset, "observation.images.top", 16, tmp_path / "a.npy", fingerprint="f")
-    training, held_out = TuplePlan(dataset, TINY, eval_share=0.25).build(frames)
-    assert training.motion is None
-    assert held_out.motion is None
-    assert read_actions(dataset) is None
-
-
-def test_motion_is_the_sum_of_the_actions_over_the_gap(tiny_dataset, tmp_path):
-    dataset = open_dataset(tiny_dataset)
-    frames = cache_frames(dataset, "observation.images.top", 16, tmp_path / "a.npy", fingerprint="f")
-    training, _ = TuplePlan(dataset, TINY, eval_share=0.25).build(frames)
-    actions = read_actions(dataset)
-    sums = np.stack([actions[start] + actions[start + 1] for start in training.starts])
-    expected = (sums - sums.mean(0)) / sums.std(0)
-    np.testing.assert_allclose(training.motion, expected, atol=1e-4)
-
-
-def test_unknown_actions_spoil_no_other_sum():
-    actions = np.arange(12, dtype=np.float32).reshape(6, 2)
-    broken = actions.copy()
-    broken[2, 1] = np.nan
-    expected = sum_over_gap(actions, 2)
-    assert expected[0].tolist() == [2, 4]
-    expected[[1, 2]] = np.nan
-    np.testing.assert_array_equal(sum_over_gap(broken, 2), expected)
-
-
 def test_pairs_of_unknown_actions_are_left_out_of_the_probe(tiny_dataset, tmp_path, monkeypatch, caplog):
     dataset = open_dataset(tiny_dataset)
     actions = read_actions(dataset)
@@ -320,54 +237,12 @@ def test_mistakes_are_found_before_frames_are_decoded(mistake, tiny_dataset, tmp
     assert not (tmp_path / "laq").exists()
 
 
-def test_an_unknown_camera_offers_the_closest(tiny_dataset):
-    meta = open_dataset(tiny_dataset).meta
-    assert choose_camera(meta, "top") == "observation.images.top"
-    with pytest.raises(ValueError, match=r"expected one of observation.images.top, got tpo.*--camera=top"):
-        choose_camera(meta, "tpo")
-
-
 def test_a_gap_longer_than_every_episode_is_refused(tiny_dataset, tmp_path):
     laq = LatentActionQuantizer(LAQConfig(image_size=16, hidden_dim=16, num_layers=1, frame_gap=50))
     with pytest.raises(ValueError, match="frame_gap"):
         label_dataset(
             laq, open_dataset(tiny_dataset), camera="observation.images.top", laq_id="x", output=tmp_path / "t"
         )
-
-
-def test_reading_ahead_gives_the_same_frames_and_stays_within_bounds(tiny_dataset, monkeypatch):
-    episodes = EpisodeFrames(open_dataset(tiny_dataset), "observation.images.top")
-    pieces = [Piece(3, 0, 10), Piece(0, 0, 5), Piece(0, 5, 10), Piece(2, 0, 14)]
-    expected = [episodes.read(piece) for piece in pieces]
-    started, read_piece = [], EpisodeFrames.read
-
-    def note(self, piece):
-        started.append(piece)
-        return read_piece(self, piece)
-
-    monkeypatch.setattr(EpisodeFrames, "read", note)
-    for num_frames in (1, 20, 1000):
-        started.clear()
-        for number, frames in enumerate(episodes.read_ahead(pieces, num_frames=num_frames)):
-            np.testing.assert_array_equal(frames, expected[number])
-            if num_frames == 1:
-                assert len(started) <= number + 2
-        assert started == pieces
-
-
-def test_decoding_goes_on_while_the_caller_works(tiny_dataset, monkeypatch):
-    episodes = EpisodeFrames(open_dataset(tiny_dataset), "observation.images.top")
-    begun = threading.Event()
-
-    def read(self, piece):
-        if piece.episode == 1:
-            begun.set()
-        return np.zeros((piece.stop - piece.start, 1))
-
-    monkeypatch.setattr(EpisodeFrames, "read", read)
-    ahead = episodes.read_ahead([Piece(0, 0, 10), Piece(1, 0, 11)], num_frames=1)
-    next(ahead)
-    assert begun.wait(timeout=10), "the next piece was not decoded while the caller held the first one"
 
 
 def test_long_and_short_episodes_are_encoded_in_bounded_batches(trained, tiny_dataset, tmp_path, monkeypatch):
