@@ -299,7 +299,8 @@ class _CodeTrainer:
     def _continue_or_start(self, batches: Iterable[FoundationBatch] | SeekableBatches | MixedBatches) -> Stream:
         checkpoint = self.run.latest_checkpoint()
         if checkpoint is None:
-            self.run.forget_after(0)
+            if self.accelerator.is_main_process:
+                self.run.forget_after(0)
             return open_stream(batches)
         progress = read_json(checkpoint / STATE / "progress.json")
         if progress["num_processes"] != self.accelerator.num_processes:
