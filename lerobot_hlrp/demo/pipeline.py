@@ -28,6 +28,7 @@ class Data:
         tiers: of the tabletop.
         seed: of the recording.
         suffix: of the names of steps that make it.
+        episodes: that are recorded, of all tiers together.
     """
 
     repo_id: str
@@ -35,6 +36,7 @@ class Data:
     table: Path
     tiers: tuple[str, ...]
     seed: int
+    episodes: int
     suffix: str = ""
 
     @property
@@ -74,8 +76,14 @@ class Pipeline:
         self.folder = folder
         self.preset = preset
         self.seed = seed
-        recording = seed * SEED_DISTANCE
-        self.data = Data("hlrp/tabletop", folder / "dataset", folder / "codes.safetensors", preset.tiers, recording)
+        self.data = Data(
+            "hlrp/tabletop",
+            folder / "dataset",
+            folder / "codes.safetensors",
+            preset.tiers,
+            seed=seed * SEED_DISTANCE,
+            episodes=preset.episodes * len(preset.tiers),
+        )
         self.first_data = self._plan_first_data() if preset.first_codes is not None else None
         self.laq = folder / "laq"
         self.codes_figures = folder / "codes_eval.json"
@@ -93,8 +101,15 @@ class Pipeline:
     def _plan_first_data(self) -> Data:
         tier = self.preset.tiers[0]
         table = self.folder / f"codes_{tier}.safetensors"
-        seed = self.data.seed + FIRST_TIER_SEED
-        return Data(f"hlrp/tabletop_{tier}", self.folder / f"dataset_{tier}", table, (tier,), seed, f"_{tier}")
+        return Data(
+            f"hlrp/tabletop_{tier}",
+            self.folder / f"dataset_{tier}",
+            table,
+            (tier,),
+            seed=self.data.seed + FIRST_TIER_SEED,
+            episodes=self.preset.first_episodes,
+            suffix=f"_{tier}",
+        )
 
     def _plan_evaluations(self) -> list[Evaluation]:
         policy = self.checkpoint("stage3")
@@ -133,14 +148,13 @@ class Pipeline:
 
     def _record(self, data: Data) -> Step:
         command = ["hlrp-record", "--env.type=hlrp_tabletop", f"--env.task={','.join(data.tiers)}", *data.flags]
-        command += [f"--episodes={self.preset.episodes * len(data.tiers)}", f"--noise={self.preset.noise}"]
-        command += [f"--seed={data.seed}"]
+        command += [f"--episodes={data.episodes}", f"--noise={self.preset.noise}", f"--seed={data.seed}"]
         title = f"Record demonstrations of the scripted expert: {', '.join(data.tiers)}"
         return Step(f"record{data.suffix}", title, command, data.root, lambda: command)
 
     def _train_laq(self) -> Step:
-        preset = self.preset
-        command = ["hlrp-laq-train", *self.data.flags, f"--output_dir={self.laq}"]
+        preset, data = self.preset, self.first_data or self.data
+        command = ["hlrp-laq-train", *data.flags, f"--output_dir={self.laq}"]
         command += [f"--laq.frame_gap={preset.frame_gap}", f"--laq.codebook_size={preset.codebook_size}"]
         command += [f"--laq.code_seq_len={preset.code_seq_len}"]
         command += [f"--steps={preset.laq_steps}", f"--batch_size={preset.laq_batch_size}"]

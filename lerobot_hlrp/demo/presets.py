@@ -36,8 +36,10 @@ class Preset:
     codebook_size, code_seq_len: K and S.
     laq_steps, laq_batch_size, laq_num_layers: of the quantiser and its training.
     codes, actions: budgets of stage 2 and stage 3.
-    first_codes: budget of stage 2 on the first tier alone, on as many episodes of its own, before `codes`; None: all
-        tiers from the start. What the words point at is found in the simplest motions, and kept in the others.
+    first_codes: budget of stage 2 on the first tier alone, before `codes`; None: all tiers from the start. What the
+        words point at is found in the simplest motions, and kept in the others. The quantiser is trained on these, too:
+        where objects move, they get into the codes, which are then harder to predict.
+    first_episodes: of the first tier, recorded for that.
     chunk_size, n_action_steps: actions predicted, and run, at once.
     noise: on the recorded expert's executed actions, so that the data show how to recover from errors.
     eval_episodes: held-out episodes for each tier.
@@ -52,6 +54,7 @@ class Preset:
     actions: Training
     eval_episodes: int
     first_codes: Training | None = None
+    first_episodes: int = 0
     codebook_size: int = 8
     code_seq_len: int = 4
     chunk_size: int = 8
@@ -91,9 +94,10 @@ PRESETS = {
         tiers=("reach", "push"),
         episodes=6000,
         frame_gap=3,
-        laq_steps=1200,
+        laq_steps=800,
+        first_episodes=8000,
         first_codes=Training(steps=2000, batch_size=64, lr=1e-3, warmup=100, save_freq=500),
-        codes=Training(steps=5000, batch_size=64, lr=1e-3, warmup=100, save_freq=1000),
+        codes=Training(steps=6000, batch_size=64, lr=1e-3, warmup=100, save_freq=1000),
         actions=Training(steps=800, batch_size=64, lr=1e-3, warmup=50, save_freq=200, eval_freq=200),
         eval_episodes=50,
         without_words=True,

@@ -125,6 +125,8 @@ def _report_text(
 ) -> str:
     preset, laq, codes, evaluated = pipeline.preset, results["laq"], results["stage2"], results["eval"]
     recorded = " and ".join(f"{preset.episodes:,} scripted episodes of {tier}" for tier in preset.tiers)
+    if preset.first_codes is not None:
+        recorded += f", and {preset.first_episodes:,} more of {preset.tiers[0]} to begin with"
 
     def picture(name: str, text: str) -> list[str]:
         return [f"![{text}]({pictures[name].relative_to(pipeline.folder)})", ""] if name in pictures else []
@@ -197,8 +199,8 @@ def _first_tier_lines(pipeline: Pipeline) -> list[str]:
     if preset.first_codes is None:
         return []
     return [
-        f"It first learnt from {preset.episodes:,} further episodes of {preset.tiers[0]} alone "
-        f"({preset.first_codes.steps:,} steps), then from all tiers ({preset.codes.steps:,} steps; dotted line).",
+        f"It first learnt from {preset.tiers[0]} alone, as the quantiser did ({preset.first_codes.steps:,} steps), "
+        f"then from all tiers ({preset.codes.steps:,} steps; dotted line).",
         "",
     ]
 

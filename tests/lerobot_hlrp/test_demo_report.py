@@ -130,6 +130,9 @@ def test_a_first_tier_is_learnt_before_all_of_them():
         assert f"--policy.path={first.output}/checkpoints/last/pretrained_model" in then.command
         assert ("--policy.prompt.use_instruction=false" in first.command) == bool(words)
     assert steps["label_reach"].command[1] == steps["label"].command[1]  # codes of one quantiser
+    assert "--dataset.root=out/dataset_reach" in steps["stage1"].command
+    assert "--episodes=8000" in steps["record_reach"].command
+    assert "--episodes=12000" in steps["record"].command
 
 
 def test_recordings_share_no_scene_and_every_training_has_the_seed():
@@ -137,7 +140,7 @@ def test_recordings_share_no_scene_and_every_training_has_the_seed():
     for seed in (0, 1, 2):
         pipeline = Pipeline(Path("out"), PRESETS["full"], seed=seed)
         for data in (pipeline.data, pipeline.first_data):
-            recorded.append(range(data.seed, data.seed + pipeline.preset.episodes * len(data.tiers)))
+            recorded.append(range(data.seed, data.seed + data.episodes))
         seeds = {step.name: [f for f in step.command if f.startswith("--seed=")] for step in pipeline.steps()}
         assert seeds["stage1"] == seeds["backbone"] == [f"--seed={seed}"]
         assert seeds["stage2_reach"] == seeds["stage2"] == seeds["stage3_without_words"] == [f"--seed={1000 + seed}"]
