@@ -6,15 +6,14 @@ Both sides are the same head with the same weights and give the same actions (ch
 the two, so that a busy machine slows both. Times are medians in milliseconds.
 """
 
+from __future__ import annotations
+
 import argparse
-import json
-import os
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from measuring import describe_machine, interleaved_ms, print_table, write_result
 from torch import Tensor
 
 from hlrp_core.contract import SamplingOptions
@@ -53,61 +52,46 @@ def predict_naively(head: FlowHead, context: ActionContext, noise: Tensor) -> Te
     return integrate(lambda x_t, step: head.velocity(context, x_t, times[step]), noise, num_steps)
 
 
-def milliseconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def measure_prediction(name: str, num_rounds: int) -> dict[str, float]:
+def measure(name: str, rounds: int) -> dict[str, Any]:
     head, context, noise = build_problem(name)
     options = SamplingOptions(noise=noise)
     with torch.no_grad():
         difference = (head.predict(context, options) - predict_naively(head, context, noise)).abs().max().item()
         assert difference < 1e-4, f"the two paths differ by {difference}"
-        rounds = [
-            (
-                milliseconds(lambda: head.predict(context, options)),
-                milliseconds(lambda: predict_naively(head, context, noise)),
-            )
-            for _ in range(num_rounds)
-        ]
-    cached, naive = (statistics.median(side) for side in zip(*rounds, strict=True))
-    return {
-        "parameters": sum(parameter.numel() for parameter in head.parameters()),
-        "cached_ms": round(cached, 2),
-        "naive_ms": round(naive, 2),
-        "speedup": round(naive / cached, 2),
-        "max_difference": difference,
-    }
-
-
-def measure_training(name: str, num_rounds: int) -> float:
-    """Forward and backward of one batch."""
-    head, context, noise = build_problem(name)
+        times = interleaved_ms(
+            {
+                "cached": lambda: head.predict(context, options),
+                "naive": lambda: predict_naively(head, context, noise),
+            },
+            rounds,
+        )
     head.train()
-    step = lambda: head.per_sample_loss(context, noise, None).mean().backward()  # noqa: E731
-    step()
-    return round(statistics.median(milliseconds(step) for _ in range(num_rounds)), 2)
+    training = interleaved_ms({"step": lambda: head.per_sample_loss(context, noise, None).mean().backward()}, rounds)
+    return {
+        "name": name,
+        "parameters": sum(parameter.numel() for parameter in head.parameters()),
+        "batch_size": len(noise),
+        "chunk_size": head.config.chunk_size,
+        "prefix_tokens": SIZES[name][2],
+        "cached_ms": times["cached"],
+        "naive_ms": times["naive"],
+        "speedup": round(times["naive"] / times["cached"], 2),
+        "max_difference": difference,
+        "training_step_ms": training["step"],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--output", type=Path, default=None, help="JSON file; standard output by default")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file")
     args = parser.parse_args()
-    sizes = {
-        name: {**measure_prediction(name, args.rounds), "training_step_ms": measure_training(name, args.rounds)}
-        for name in SIZES
-    }
-    result = {"torch": torch.__version__, "threads": torch.get_num_threads(), "sizes": sizes}
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        partial = args.output.with_name(args.output.name + ".partial")
-        partial.write_text(text + "\n")
-        os.replace(partial, args.output)
+    torch.set_num_threads(1)
+    machine = describe_machine()
+    print(f"{machine['cpu']}, {machine['cores']} cores, one thread, torch {machine['torch']}, float32")
+    results = [measure(name, args.rounds) for name in SIZES]
+    print_table(list(results[0]), [list(row.values()) for row in results])
+    write_result({"machine": machine, "results": results}, args.output)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,35 @@ def smolvla_rows(result: dict[str, Any]) -> list[Row]:
     return rows
 
 
+def vocabulary_rows(result: dict[str, Any]) -> list[Row]:
+    return [
+        Row(
+            f"stage-2 training step with its optimizer, {size} `qwen_chat`, batch {row['batch_size']}, code rows "
+            f"alone of {row['vocabulary']:,}",
+            _ms(row["code_rows_ms"]),
+            f"all rows: {_ms(row['all_ms'])}",
+            f"{row['ms_ratio']}x faster, {row['held_mb_ratio']}x less held by gradients and optimizer, "
+            f"{row['extra_mb_ratio']}x less extra memory",
+            is_in_readme=False,
+        )
+        for size, row in result["results"].items()
+    ]
+
+
+def flow_expert_rows(result: dict[str, Any]) -> list[Row]:
+    return [
+        Row(
+            f"`prefix_flow` expert alone of {row['parameters'] / 1e6:.1f}M parameters, batch {row['batch_size']}, "
+            f"chunk of {row['chunk_size']}, prefix of {row['prefix_tokens']} tokens projected once",
+            _ms(row["cached_ms"]),
+            f"projected in every flow step: {_ms(row['naive_ms'])}",
+            f"{row['speedup']}x faster",
+            is_in_readme=False,
+        )
+        for row in result["results"]
+    ]
+
+
 def labelling_rows(result: dict[str, Any]) -> list[Row]:
     return [
         Row(
@@ -126,7 +155,9 @@ def labelling_memory_rows(result: dict[str, Any]) -> list[Row]:
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], list[Row]]]] = {
     "training_loss": ("training_loss.py", training_loss_rows),
     "decoding": ("decoding.py", decoding_rows),
+    "vocabulary": ("vocabulary.py", vocabulary_rows),
     "outside_model": ("outside_model.py", outside_model_rows),
+    "flow_expert": ("flow_expert.py", flow_expert_rows),
     "smolvla": ("smolvla.py", smolvla_rows),
     "smolvla_mkl": ("smolvla.py --mkl", smolvla_rows),
     "labelling": ("labelling.py", labelling_rows),

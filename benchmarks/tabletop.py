@@ -7,15 +7,18 @@ a nearest-object policy that ignores the words; one direction for ever; uniforml
 (The blind ones that push are told the place, not the object.)
 """
 
+from __future__ import annotations
+
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from measuring import describe_machine, write_result
 
 from hlrp_tabletop import TIERS, TabletopEnv
 from hlrp_tabletop.env import MAX_STEP
@@ -91,18 +94,13 @@ def main() -> None:
     parser.add_argument("--start_seed", type=int, default=1000)
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     args = parser.parse_args()
-    report: dict[str, dict] = {}
+    results: dict[str, dict[str, Any]] = {}
     for tier in TIERS:
-        report[tier] = {"steps_per_second": steps_per_second(tier, args.steps)}
+        results[tier] = {"steps_per_second": steps_per_second(tier, args.steps)}
         for name in POLICIES:
-            report[tier][name] = evaluate(tier, name, args.episodes, args.start_seed)
-    text = json.dumps(report, indent=2)
-    print(text)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        partial = args.output.with_name(args.output.name + ".partial")
-        partial.write_text(text + "\n")
-        os.replace(partial, args.output)
+            results[tier][name] = evaluate(tier, name, args.episodes, args.start_seed)
+    print(json.dumps(results, indent=2))
+    write_result({"machine": describe_machine(), "episodes": args.episodes, "results": results}, args.output)
 
 
 if __name__ == "__main__":

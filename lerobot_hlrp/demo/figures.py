@@ -134,5 +134,6 @@ def draw_success(shares: dict[str, dict[str, float]], path: Path) -> Path:
     axis.set_xticks(range(len(shares)), list(shares))
     axis.grid(visible=False, axis="x")
     axis.set(title="Success over held-out episodes", ylim=(0, 1.08))
-    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(names))
+    columns = len(names) if len(names) <= 3 else 2  # four beside each other are wider than the picture
+    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=columns)
     return _save(figure, path)

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from lerobot_hlrp.cli.demo import DemoConfig, run_demo
+from lerobot_hlrp.demo import figures
 from lerobot_hlrp.demo.figures import read_success_log, read_training_log
 from lerobot_hlrp.demo.pipeline import Pipeline
 from lerobot_hlrp.demo.presets import PRESETS
+from lerobot_hlrp.demo.report import LABELS
 
 
 def test_training_curves_are_read_from_lerobots_log():
@@ -118,6 +120,20 @@ def test_every_stage_and_tier_has_its_command(preset):
     assert on_all[:7] == ["record", "stage1", "label", "backbone", "stage2", "stage2_eval", "stage3"]
     for tier in PRESETS[preset].tiers:
         assert {f"eval_{tier}_true", f"eval_{tier}_shuffled"} <= set(names)
+
+
+@pytest.mark.parametrize("names", [["true", "shuffled", "random"], ["true", "shuffled", "without_words", "random"]])
+def test_the_legend_is_within_the_picture(names, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    figures.draw_success({tier: {LABELS[name]: 0.5 for name in names} for tier in ("reach", "push")}, Path("x.png"))
+    figure = drawn[0]
+    figure.canvas.draw()
+    legend, whole = figure.axes[0].get_legend().get_window_extent(), figure.bbox
+    assert len(figure.axes[0].get_legend().get_texts()) == len(names)
+    assert whole.x0 <= legend.x0 < legend.x1 <= whole.x1
+    assert whole.y0 <= legend.y0 < legend.y1 <= whole.y1
+    figures.plt.close(figure)
 
 
 def test_a_first_tier_is_learnt_before_all_of_them():
