@@ -247,40 +247,6 @@ def test_policy_types_and_settings_of_a_backend(trained):
     assert (config.prompting, config.code_head, config.mode) == ("plain", "tokens", "codes")
 
 
-# -- devices ----------------------------------------------------------------------------------------------------------
-
-
-def test_devices_that_this_machine_has_not(parse):
-    for name in ("cudaa", "cuda:99"):
-        with pytest.raises(ValueError, match=rf"device: expected one of this machine's: cpu.*got '{name}'.*Next step"):
-            train_codes.open_accelerator(parse(device=name))
-
-
-def test_a_device_is_honoured(parse, monkeypatch):
-    assert train_codes.open_accelerator(parse(device="cpu")).device == torch.device("cpu")
-    current = [0]
-    fake = {
-        "is_available": lambda: True,
-        "current_accelerator": lambda: torch.device("cuda"),
-        "device_count": lambda: 2,
-        "current_device_index": lambda: current[0],
-        "set_device_index": lambda index: current.__setitem__(0, index),
-    }
-    for name, function in fake.items():
-        monkeypatch.setattr(torch.accelerator, name, function)
-    made = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
-    monkeypatch.setattr("hlrp_core.training.code_training.make_accelerator", lambda *_, **__: made)
-    assert train_codes.open_accelerator(parse(device="cuda:1")) is made
-    assert current == [1]  # what `cuda` means from now on
-    for device, num_processes, wanted in (("cpu", 1, "cuda"), ("cuda:0", 2, "cuda:1"), ("cuda:0", 1, "cpu")):
-        made.device, made.num_processes = torch.device(device), num_processes
-        with pytest.raises(ValueError, match=rf"device: expected {device}, which accelerate has.*got {wanted}\. Next"):
-            train_codes.open_accelerator(parse(device=wanted))
-    made.device, made.num_processes = torch.device("cuda:1"), 2
-    current[0] = 0
-    assert train_codes.open_accelerator(parse(device="cuda")) is made
-
-
 def test_messages_name_the_commands_own_flags(tiny_qwen, make_dataset, code_table, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("HLRP_DEBUG")
     two_cameras = make_dataset(tmp_path / "two", cameras=("observation.images.top", "observation.images.side"))
