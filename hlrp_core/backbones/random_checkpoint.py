@@ -305,7 +305,9 @@ def _load_processor(folder: str | Path, family: str) -> ProcessorMixin:
     token = _IMAGE_TOKENS[family]
     tokenizer = getattr(processor, "tokenizer", None)
     # where the files of a tokenizer are missing, transformers makes one that knows its special tokens alone
-    if tokenizer is None or token not in tokenizer.get_vocab() or not tokenizer.encode("reach", add_special_tokens=False):
+    knows_token = tokenizer is not None and token in tokenizer.get_vocab()
+    knows_words = tokenizer is not None and bool(tokenizer.encode("reach", add_special_tokens=False))
+    if not (knows_token and knows_words):
         raise ValueError(
             f"processor: expected one of the {family} family, with image settings and a tokenizer that knows words and "
             f"{token}, got a {type(processor).__name__} without them in {folder}. Next step: copy or download its "
