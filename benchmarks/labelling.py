@@ -7,8 +7,9 @@ The data are episodes of 250 frames of the tabletop under random actions, as PNG
 weights and the default settings; `label_ms` is `label_dataset` from the first frame to the written table, `decode_ms`
 the reading of all frames alone: both for one frame, of which all but the last three of an episode are labelled.
 `encode_ms` is the encoder alone, for one frame in memory that has the LAQ's size, and `resize_ms` what brings one frame
-there. `items_ms` is what LeRobot's own items cost, which read two frames for a pair. All are medians of rounds that
-take turns, with one thread for the encoder; `label_dataset` decodes in another.
+there. `lerobot_ms` is LeRobot's decoder on whole episodes of video, which uses every core, and `items_ms` what
+LeRobot's own items cost, which read two frames for a pair. All are medians of rounds that take turns, with one thread
+for the encoder; `label_dataset` decodes in another.
 
 Memory is the highest anonymous resident size of a fresh process that does nothing else than `hlrp-label`; pages of
 mapped files, which the system takes back when it needs them, are not in it.
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 from lerobot.configs.default import DatasetConfig
 from lerobot.datasets import LeRobotDataset
+from lerobot.datasets.video_utils import decode_video_frames
 from lerobot.utils.import_utils import get_safe_default_video_backend
 from measuring import describe_machine, interleaved_ms, peak_anonymous_bytes, print_table, write_result
 from tqdm import tqdm
@@ -80,6 +82,14 @@ def measure_time(name: str, folder: Path, episodes: int, rounds: int) -> dict[st
     def label_all() -> None:
         label_dataset(laq, dataset, camera=CAMERA, laq_id="random", output=folder / "codes.safetensors")
 
+    def decode_by_lerobot() -> None:
+        for episode in dataset.meta.episodes:
+            start = episode[f"videos/{CAMERA}/from_timestamp"]
+            path = dataset.root / dataset.meta.get_video_file_path(episode["episode_index"], CAMERA)
+            times = [start + i / dataset.meta.fps for i in range(episode["length"])]
+            decode_video_frames(path, times, dataset.tolerance_s, backend=decoder, return_uint8=True)
+
+    decoder = get_safe_default_video_backend()
     num_items = min(100, len(dataset))
     frames = torch.randint(0, 256, (NUM_ENCODED, image_size, image_size, 3), dtype=torch.uint8)
     small = torch.randint(0, 256, (NUM_ENCODED, laq.config.image_size, laq.config.image_size, 3), dtype=torch.uint8)
@@ -90,15 +100,16 @@ def measure_time(name: str, folder: Path, episodes: int, rounds: int) -> dict[st
             "resize": lambda: resize_images(frames.permute(0, 3, 1, 2), laq.config.image_size),
             "encode": lambda: encode_frames(laq, small.numpy(), frame_gap=laq.frame_gap),
             "items": lambda: [read_frame(dataset, CAMERA, index) for index in range(num_items)],
+            **({"lerobot": decode_by_lerobot} if video else {}),
         },
         rounds,
     )
     num_frames = len(dataset)
     amounts = {"decode": num_frames, "label": num_frames, "resize": NUM_ENCODED, "encode": NUM_ENCODED}
-    amounts["items"] = num_items / 2
+    amounts |= {"items": num_items / 2, "lerobot": num_frames}
     return {
         "frames": num_frames,
-        **{f"{part}_ms": round(times[part] / amount, 3) for part, amount in amounts.items()},
+        **{f"{part}_ms": round(times[part] / amount, 3) if part in times else None for part, amount in amounts.items()},
         "label_over_decode": round(times["label"] / times["decode"], 2),
     }
 

@@ -131,12 +131,16 @@ def labelling_rows(result: dict[str, Any]) -> list[Row]:
         Row(
             f"labelling a frame, {name}, on two cores",
             _ms(row["label_ms"]),
-            f"decoding alone: {_ms(row['decode_ms'])}; LeRobot's items: {_ms(row['items_ms'])}",
+            f"decoding alone: {_ms(row['decode_ms'])}{_by_lerobot(row)}; LeRobot's items: {_ms(row['items_ms'])}",
             f"{row['label_over_decode']}x decoding, with an encoder of {_ms(row['encode_ms'])} a frame",
             is_in_readme=name.startswith("128x128"),
         )
         for name, row in result["results"].items()
     ]
+
+
+def _by_lerobot(row: dict[str, Any]) -> str:
+    return "" if row["lerobot_ms"] is None else f"; by LeRobot's decoder: {_ms(row['lerobot_ms'])}"
 
 
 def labelling_memory_rows(result: dict[str, Any]) -> list[Row]:

@@ -123,12 +123,16 @@ class EpisodeFrames:
     def _read_video(self, piece: Piece) -> np.ndarray:
         from lerobot.datasets.video_utils import decode_video_frames
 
-        meta = self.dataset.meta
+        from lerobot_hlrp.video_decoding import decode_in_order
+
+        meta, tolerance_s = self.dataset.meta, self.dataset.tolerance_s
         start = self._start_times[piece.episode]
         timestamps = [start + i / meta.fps for i in range(piece.start, piece.stop)]
         path = self.dataset.root / meta.get_video_file_path(piece.episode, self.camera)
+        if self._video_backend == "pyav":
+            return decode_in_order(path, timestamps, fps=meta.fps, tolerance_s=tolerance_s)
         images = decode_video_frames(
-            path, timestamps, self.dataset.tolerance_s, backend=self._video_backend, return_uint8=True
+            path, timestamps, tolerance_s, backend=self._video_backend, return_uint8=True
         )  # (n, 3, H, W)
         return images.permute(0, 2, 3, 1).contiguous().numpy()
 

@@ -146,4 +146,4 @@ def encode_frames(laq: LatentActionQuantizer, frames: np.ndarray, *, frame_gap: 
     embedded = torch.cat([laq.embed(batch.to(device)[None])[0] for batch in images.split(batch_size)])  # (n, 2E, h, h)
     span = frame_gap * (laq.config.num_frames - 1)
     tuples = embedded.unfold(0, span + 1, 1)[..., ::frame_gap].movedim(-1, 1)  # (n - span, T, 2E, h, h), a view
-    return torch.cat([laq.encode_embedded(batch) for batch in tuples.split(batch_size)]).int().cpu()
+    return laq.encode_embedded(tuples, batch_size=batch_size).int().cpu()

@@ -36,20 +36,21 @@ def write_dataset(
     action_dim: int = 2,
     seed: int = 0,
     fps: int = 10,
+    video: bool = False,
 ) -> Path:
     """A LeRobotDataset of four short episodes and two tasks. Actions and states grow with the episode's number.
 
-    With `state_dim` and `action_dim` 0 it is action-free video.
+    With `state_dim` and `action_dim` 0 it is action-free. With `video` what the cameras saw is in MP4 files.
     """
     import numpy as np
     from lerobot.datasets import LeRobotDataset
 
     shape = (image_size, image_size, 3)
-    image = {"dtype": "image", "shape": shape, "names": ["height", "width", "channels"]}
+    image = {"dtype": "video" if video else "image", "shape": shape, "names": ["height", "width", "channels"]}
     features: dict = dict.fromkeys(cameras, image)
     vectors = {name: dim for name, dim in (("observation.state", state_dim), ("action", action_dim)) if dim}
     features |= {name: {"dtype": "float32", "shape": (dim,), "names": None} for name, dim in vectors.items()}
-    dataset = LeRobotDataset.create("test/tiny", fps=fps, features=features, root=root, use_videos=False)
+    dataset = LeRobotDataset.create("test/tiny", fps=fps, features=features, root=root, use_videos=video)
     rng = np.random.default_rng(seed)
     for episode, length in enumerate(EPISODE_LENGTHS):
         for _ in range(length):
@@ -76,7 +77,8 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Root of a dataset with one camera and nothing else: action-free video."""
-    return write_dataset(tmp_path_factory.mktemp("data") / "videos", state_dim=0, action_dim=0)
+    root = tmp_path_factory.mktemp("data") / "videos"
+    return write_dataset(root, image_size=64, state_dim=0, action_dim=0, video=True)
 
 
 @pytest.fixture(scope="session")
@@ -165,7 +167,7 @@ def code_table(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         from lerobot_hlrp.fingerprint import dataset_fingerprint
 
         meta = LeRobotDatasetMetadata("test/tiny", root=root)
-        camera = next(key for key, feature in meta.features.items() if feature["dtype"] == "image")
+        camera = meta.camera_keys[0]
         facts = {"camera": camera, "frame_gap": 3, "num_frames": 2, "code_seq_len": 4, "codebook_size": 8}
         facts |= {"dataset_id": "test/tiny", "dataset_fingerprint": dataset_fingerprint(meta)}
         facts |= {"laq_id": "user/laq", "laq_hash": "hash-of-a-laq", **header}

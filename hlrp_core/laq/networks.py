@@ -37,7 +37,7 @@ class PairEncoder(nn.Module):
         # patches overlap by half: a small thing never hides on their border
         self.patches = nn.Conv2d(3, width // 4, 2 * config.patch_size, config.patch_size, config.patch_size // 2)
         self.down = nn.Conv2d(width // 4, width, 3, 2, 1)
-        self.block = nn.Sequential(nn.GroupNorm(8, width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
+        self.block = nn.Sequential(nn.GroupNorm(8, width), nn.ReLU(inplace=True), nn.Conv2d(width, width, 3, padding=1))
         self.roles = nn.Conv2d(width, 2 * width, 1)  # the frame as the earlier, and as the later, of a pair
         self.keypoints = nn.Conv2d(width, 2 * num_keypoints, 1)  # where each is sought, and its value there
         self.head = nn.Linear(3 * num_keypoints, latent_dim, bias=False)  # a bias would cancel out
@@ -49,7 +49,7 @@ class PairEncoder(nn.Module):
 
     def embed(self, frames: Tensor) -> Tensor:
         """Frames `[B, 3, R, R]` -> what `compare` needs of each, `[B, 2 * E, H, H]`."""
-        x = self.down(F.relu(self.patches(frames)))
+        x = self.down(F.relu_(self.patches(frames)))
         return self.roles(x + self.block(x))
 
     def compare(self, source: Tensor, target: Tensor) -> Tensor:
@@ -61,8 +61,8 @@ class PairEncoder(nn.Module):
         return self.head(forwards - backwards)
 
     def _keypoints(self, pairs: Tensor) -> Tensor:
-        """Places and values of the keypoints, `[B, 3 * keypoints]`."""
-        scores, values = self.keypoints(F.relu(pairs)).flatten(2).chunk(2, dim=1)  # (B, keypoints, H * H)
+        """Places and values of the keypoints, `[B, 3 * keypoints]`; `pairs` is used up."""
+        scores, values = self.keypoints(F.relu_(pairs)).flatten(2).chunk(2, dim=1)  # (B, keypoints, H * H)
         where = torch.softmax(self.sharpness * scores.float(), dim=-1)
         positions = where @ self.coordinates.T  # (B, keypoints, 2)
         mean_values = (where * values).sum(-1, keepdim=True)  # (B, keypoints, 1)

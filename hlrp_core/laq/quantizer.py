@@ -152,15 +152,20 @@ class LatentActionQuantizer(
             return self._embed(self.prepare(frames))
 
     @torch.no_grad()
-    def encode_embedded(self, embedded: Tensor) -> Tensor:
-        """What `embed` made of the frames of B tuples -> their codes `[B, (T-1)*S]`: `encode` is the two."""
-        was_training = self.training
-        self.eval()
+    def encode_embedded(self, embedded: Tensor, *, batch_size: int = 64) -> Tensor:
+        """What `embed` made of the frames of B tuples -> their codes `[B, (T-1)*S]`: `encode` is the two.
+
+        Args:
+            batch_size: tuples that are compared at a time; as many as fit a processor's cache are fastest.
+        """
+        was_training = self.quantizer.training
+        self.quantizer.eval()  # the one part that goes by the mode
         try:
             with in_float32(embedded):
-                codes = self.quantizer(self._latents(embedded)).codes
+                latents = torch.cat([self._latents(batch) for batch in embedded.split(batch_size)])
+                codes = self.quantizer(latents).codes
         finally:
-            self.train(was_training)
+            self.quantizer.train(was_training)
         return codes.view(len(embedded), -1)
 
     @torch.no_grad()
@@ -219,7 +224,8 @@ class LatentActionQuantizer(
             )
         size = self.config.image_size
         images = resize_images(frames.flatten(0, 1).permute(0, 3, 1, 2), size)  # (B * T, 3, R, R)
-        return (images.float() / 127.5 - 1).view(*frames.shape[:2], 3, size, size)
+        signed = images.float().div_(127.5).sub_(1)  # in place: fresh memory for each step takes ten times as long
+        return signed.view(*frames.shape[:2], 3, size, size)
 
     def _embed(self, images: Tensor) -> Tensor:
         """`[B, T, 3, R, R]` -> `[B, T, 2E, h, h]`."""

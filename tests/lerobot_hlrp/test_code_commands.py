@@ -289,7 +289,8 @@ def test_figures_are_those_of_the_held_out_episodes(trained, tiny_videos, code_t
     for item in data[1]:
         target, valid = codes.lookup(item["index"][None])
         if valid:
-            image = (item["observation.images.top"] * 255).round().to(torch.uint8)
+            image = item["observation.images.top"]  # bytes, as LeRobot's commands read video
+            assert image.dtype == torch.uint8
             batch = FoundationBatch(image.movedim(0, -1)[None, None], [item["task"]])
             right += int((backend.latent_from_batch(batch, mode=BackendMode.CODES).tokens == target).sum())
             total += 4

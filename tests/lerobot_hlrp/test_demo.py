@@ -102,8 +102,8 @@ def test_an_unfinished_step_without_continuation_starts_afresh(tmp_path):
 
 
 def waiting_step(folder: Path, name: str, *, until: Path, script: str = "") -> Step:
-    """A step that ends when a file is there, for which it waits ten seconds at most."""
-    wait = "import pathlib, sys, time\nend = time.time() + 10\n"
+    """A step that ends when a file is there, for which it waits a minute at most."""
+    wait = "import pathlib, sys, time\nend = time.time() + 60\n"
     wait += f"while not pathlib.Path({str(until)!r}).exists():\n    time.sleep(0.02)\n"
     wait += "    if time.time() > end: sys.exit('nobody came')\n"
     script = f"{wait}{script}print({name!r}, 'ran')\npathlib.Path({name!r}).touch()"
@@ -111,13 +111,13 @@ def waiting_step(folder: Path, name: str, *, until: Path, script: str = "") -> S
 
 
 def test_branches_run_beside_each_other(tmp_path, monkeypatch, capfd):
-    """Each of two steps waits for what the other makes: one after another they could not end."""
+    """Each branch waits for what the other makes: one after another they could not end."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     hello = touch_step(tmp_path, "hello", output=tmp_path / "hello")
     first = [
         touch_step(tmp_path, "begun", output=tmp_path / "begun"),
-        waiting_step(tmp_path, "a", until=tmp_path / "b"),
+        waiting_step(tmp_path, "a", until=tmp_path / "steps" / "c.json"),  # then all that b printed has been read
     ]
     second = [waiting_step(tmp_path, "b", until=tmp_path / "begun"), waiting_step(tmp_path, "c", until=tmp_path / "a")]
     runner = StepRunner(tmp_path, num_cores=2)
@@ -177,7 +177,7 @@ def note(*_):
         sys.exit(9)
 signal.signal(signal.SIGINT, note)
 pathlib.Path({str(folder / name)!r} + "_begun").touch()
-end = time.time() + 20
+end = time.time() + 60
 while not interrupts and time.time() < end:
     time.sleep(0.01)
 time.sleep({saving_s})
@@ -188,7 +188,7 @@ sys.exit(130)
 
 
 def wait_for(condition) -> None:
-    end = time.time() + 20
+    end = time.time() + 60
     while not condition():
         assert time.time() < end, "it never happened"
         time.sleep(0.01)

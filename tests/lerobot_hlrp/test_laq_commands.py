@@ -19,6 +19,7 @@ from lerobot.datasets import LeRobotDataset
 
 from hlrp_core.laq.code_table import CodeTable
 from hlrp_core.laq.config import LAQConfig
+from hlrp_core.laq.networks import PairEncoder
 from hlrp_core.laq.quantizer import LatentActionQuantizer
 from lerobot_hlrp.cli.label import LabelCommand, label
 from lerobot_hlrp.cli.laq_train import TrainLAQCommand, train
@@ -248,23 +249,23 @@ def test_a_gap_longer_than_every_episode_is_refused(tiny_dataset, tmp_path):
 def test_long_and_short_episodes_are_encoded_in_bounded_batches(trained, tiny_dataset, tmp_path, monkeypatch):
     """Batches smaller than an episode and larger than one give the same table; each frame is embedded once."""
     laq, dataset = LatentActionQuantizer.from_pretrained(trained), open_dataset(tiny_dataset)
-    embedded, encoded = [], []
-    embed, encode = LatentActionQuantizer.embed, LatentActionQuantizer.encode_embedded
+    embedded, compared = [], []
+    embed, compare = LatentActionQuantizer.embed, PairEncoder.compare
 
     def note_embed(self, frames):
         embedded.append(frames.shape[:2].numel())
         return embed(self, frames)
 
-    def note_encode(self, tuples):
-        encoded.append(len(tuples))
-        return encode(self, tuples)
+    def note_compare(self, source, target):
+        compared.append(len(source))
+        return compare(self, source, target)
 
     monkeypatch.setattr(LatentActionQuantizer, "embed", note_embed)
-    monkeypatch.setattr(LatentActionQuantizer, "encode_embedded", note_encode)
+    monkeypatch.setattr(PairEncoder, "compare", note_compare)
     tables = {}
     for batch_size in (3, 16):
         embedded.clear()
-        encoded.clear()
+        compared.clear()
         tables[batch_size] = label_dataset(
             laq,
             dataset,
@@ -274,8 +275,8 @@ def test_long_and_short_episodes_are_encoded_in_bounded_batches(trained, tiny_da
             batch_size=batch_size,
         )
         assert sum(embedded) == len(dataset)
-        assert sum(encoded) == int(tables[batch_size].valid.sum())
-        assert max(embedded + encoded) <= batch_size
+        assert sum(compared) == int(tables[batch_size].valid.sum())
+        assert max(embedded + compared) <= batch_size
     assert torch.equal(tables[3].codes, tables[16].codes)
 
 

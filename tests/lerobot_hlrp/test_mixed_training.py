@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -19,6 +20,7 @@ from hlrp_core.training import MixedBatches
 from lerobot_hlrp.cli import eval_codes, train_codes
 from lerobot_hlrp.cli.command import run_command
 from lerobot_hlrp.foundation_batches import FoundationBatches
+from lerobot_hlrp.frame_reader import read_frame
 from lerobot_hlrp.mixing import mix_batches
 
 SPLIT = 0.5  # episodes 0 and 1 train, 2 and 3 are held out
@@ -37,7 +39,7 @@ def fast_videos(make_dataset: Callable, tmp_path_factory) -> Path:
     """Video without actions at 20 frames per second, from another camera of another size."""
     root = tmp_path_factory.mktemp("data") / "fast"
     cameras = ("observation.images.front",)
-    return make_dataset(root, cameras=cameras, image_size=48, state_dim=0, action_dim=0, fps=20)
+    return make_dataset(root, cameras=cameras, image_size=64, state_dim=0, action_dim=0, fps=20, video=True)
 
 
 @pytest.fixture
@@ -148,7 +150,7 @@ def test_samples_are_those_of_the_datasets_by_weight(tiny_qwen, entries, tmp_pat
     mix = mix_batches(datasets, batch_size=4, seed=0)
     for name, source in mix.sources.items():
         sides = {batch.frames.shape[2] for batch in source}
-        assert sides == {{"robot": 32, "video": 48}[name]}
+        assert sides == {{"robot": 32, "video": 64}[name]}
         table = CodeTable.load(entries[name]["codes"])
         seen = sorted(tuple(row) for batch in source for row in batch.target_codes.tolist())
         valid = table.valid.clone()
@@ -166,8 +168,8 @@ def test_a_laq_labels_every_dataset_at_its_own_frame_rate(tiny_qwen, entries, ti
     assert item["observation.images.front"].shape[0] == 2
     batch = {key: value[None] if isinstance(value, torch.Tensor) else [value] for key, value in item.items()}
     codes = datasets[1].reader.read_training(batch).target_codes
-    plain = [video.hf_dataset[i]["observation.images.front"] for i in (2, 8)]
-    pair = (torch.stack(plain) * 255).round().to(torch.uint8).movedim(1, -1)[None]
+    plain = [read_frame(video, "observation.images.front", i) for i in (2, 8)]  # frame t of an item's pair
+    pair = torch.from_numpy(np.stack(plain))[None]
     assert torch.equal(codes, LatentActionQuantizer.from_pretrained(tiny_laq).encode(pair).long())
     with pytest.raises(ValueError, match=r"frame_gap: expected frames 0.3 s apart in all datasets.*0.15 s"):
         open_datasets(tiny_qwen, tmp_path / "run", bare, f"--laq={tiny_laq}")
