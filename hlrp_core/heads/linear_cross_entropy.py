@@ -9,6 +9,8 @@ Shape legend: M labelled positions, W hidden width, V vocabulary rows, R replace
 
 from __future__ import annotations
 
+import math
+import threading
 from typing import Any
 
 import torch
@@ -42,25 +44,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, rows: Tensor, labels: Tensor, span: slice) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = fast_linear(hidden, weight).float()  # (M, V)
+            logits = _project(hidden, weight)  # (M, V) float32
             logits[:, span] = F.linear(hidden, rows).float()
-        highest = logits.amax(dim=1, keepdim=True)
-        at_label = logits.gather(1, labels[:, None])
-        weights = logits.sub_(highest).exp_()  # of the softmax, not yet divided by their sum; the logits' memory
-        total = weights.sum(dim=1, keepdim=True)
-        ctx.save_for_backward(hidden, weight, rows, labels, total)
-        ctx.span = span
-        ctx.weights = weights
-        return (total.log() + highest - at_label)[:, 0]
+        highest = logits.amax(dim=1)
+        at_label = logits.gather(1, labels[:, None])[:, 0]
+        probabilities = torch.softmax(logits, dim=1, out=logits)
+        log_total = -probabilities.amax(dim=1).log()  # of exp(logits - highest), of which the highest is 1
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(hidden, weight, rows, labels)
+            ctx.span = span
+            ctx.probabilities = probabilities
+        else:
+            workspace.keep(probabilities)
+        return log_total + highest - at_label
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden, weight, rows, labels, total = ctx.saved_tensors
-        if ctx.weights is None:
+        hidden, weight, rows, labels = ctx.saved_tensors
+        if ctx.probabilities is None:
             raise RuntimeError("linear_cross_entropy: expected one backward, got a second; its buffer is used up.")
-        of_logits = ctx.weights.mul_(grad[:, None] / total)  # (M, V), in place again
-        ctx.weights = None
+        probabilities = ctx.probabilities
+        ctx.probabilities = None
+        of_logits = probabilities.mul_(grad[:, None])  # (M, V), in place again
         of_logits.scatter_add_(1, labels[:, None], -grad[:, None])
         of_logits = of_logits.to(weight.dtype)
         at_rows = of_logits[:, ctx.span].clone()  # (M, R)
@@ -69,4 +75,52 @@ class _LinearCrossEntropy(torch.autograd.Function):
         of_hidden = fast_linear(of_logits, weight.t()) + at_rows @ rows if needs_hidden else None
         of_weight = of_logits.t() @ hidden if needs_weight else None
         of_rows = at_rows.t() @ hidden if needs_rows else None
+        workspace.keep(probabilities)
         return of_hidden, of_weight, of_rows, None, None
+
+
+class Workspace:
+    """The last buffer of logits on the CPU, for the next step.
+
+    A buffer of 50 MB that is allocated anew takes as long to arrive from the system, page by page, as the projection
+    takes to fill it. (On a GPU torch keeps memory itself.)
+    """
+
+    def __init__(self) -> None:
+        self._kept: Tensor | None = None
+        self._lock = threading.Lock()
+
+    def take(self, *shape: int) -> Tensor:
+        """Memory `shape` float32, whatever it holds; nobody else gets it before it is kept again."""
+        with self._lock:
+            kept, self._kept = self._kept, None
+        size = math.prod(shape)
+        if kept is None or not size <= kept.numel() <= 2 * size:
+            kept = torch.empty(size)
+        return kept[:size].view(shape)
+
+    def keep(self, buffer: Tensor) -> None:
+        """Args:
+        buffer: of `take`, of no more use to anyone else; or one of another device, which is let go.
+        """
+        if buffer.device.type == "cpu":
+            with self._lock:
+                self._kept = buffer.view(-1)
+
+    def clear(self) -> None:
+        """Let the memory go."""
+        with self._lock:
+            self._kept = None
+
+
+workspace = Workspace()
+
+
+def _project(hidden: Tensor, weight: Tensor) -> Tensor:
+    """`[M, V]` float32."""
+    if hidden.device.type != "cpu":
+        return F.linear(hidden, weight).float()
+    logits = workspace.take(len(hidden), len(weight))
+    if hidden.dtype == logits.dtype:
+        return torch.mm(hidden, weight.t(), out=logits)
+    return logits.copy_(F.linear(hidden, weight))

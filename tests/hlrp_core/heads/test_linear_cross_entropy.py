@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hlrp_core.heads.linear_cross_entropy import linear_cross_entropy
+from hlrp_core.heads.linear_cross_entropy import linear_cross_entropy, workspace
 
 M, W, V = 12, 16, 50
 
@@ -103,3 +103,36 @@ def test_replaced_rows_equal_a_table_that_holds_them(first_row):
         strict=True,
     ):
         torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_share_memory_and_nothing_else(dtype):
+    """The buffer of logits is used again, but by nobody while a backward still needs it."""
+    hidden, weight, labels = inputs(dtype)
+    others = torch.randn(3, M, W).to(dtype)
+    expected = [torch.autograd.grad(linear_cross_entropy(hidden, weight, labels).sum(), (hidden, weight))]
+    expected += [torch.autograd.grad(linear_cross_entropy(x, weight, labels).sum(), weight) for x in others]
+    workspace.clear()
+    losses = [linear_cross_entropy(x, weight, labels).sum() for x in (hidden, *others)]  # all before any backward
+    with torch.no_grad():
+        linear_cross_entropy(others[0], weight, labels)
+        linear_cross_entropy(others[0][:3], weight, labels[:3])  # a smaller one
+    found = [torch.autograd.grad(losses[0], (hidden, weight))]
+    linear_cross_entropy(others[1], weight, labels)  # never gets a backward
+    found += [torch.autograd.grad(loss, weight) for loss in losses[1:]]
+    for a, b in zip(found, expected, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_memory_of_logits_is_used_again():
+    hidden, weight, labels = inputs()
+    linear_cross_entropy(hidden, weight, labels).sum().backward()
+    kept = workspace.take(M, V)
+    address = kept.data_ptr()
+    workspace.keep(kept)
+    linear_cross_entropy(hidden, weight, labels).sum().backward()
+    assert workspace.take(M, V).data_ptr() == address
+    workspace.keep(kept)
+    assert workspace.take(2 * M, V).shape == (2 * M, V)  # what is too small is let go
+    workspace.keep(torch.empty(20 * M * V))
+    assert workspace.take(M, V).untyped_storage().nbytes() < 20 * M * V * 4  # and what is far too large
