@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=["qwen_chat", "smol_chat"])
     parser.add_argument("--sizes", nargs="+", default=["tiny", "small"], choices=["tiny", "small"])
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, default=None, help="JSON file")
     args = parser.parse_args()
     torch.set_num_threads(1)
