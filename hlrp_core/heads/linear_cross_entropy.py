@@ -48,7 +48,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits[:, span] = F.linear(hidden, rows).float()
         highest = logits.amax(dim=1)
         at_label = logits.gather(1, labels[:, None])[:, 0]
-        probabilities = torch.softmax(logits, dim=1, out=logits)
+        # In place on the CPU, where this kernel reads all of a row before it writes; other devices promise nothing.
+        probabilities = torch.softmax(logits, dim=1, out=logits if logits.device.type == "cpu" else None)
         log_total = -probabilities.amax(dim=1).log()  # of exp(logits - highest), of which the highest is 1
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(hidden, weight, rows, labels)
