@@ -224,7 +224,7 @@ class LatentActionQuantizer(
             )
         size = self.config.image_size
         images = resize_images(frames.flatten(0, 1).permute(0, 3, 1, 2), size)  # (B * T, 3, R, R)
-        signed = images.float().div_(127.5).sub_(1)  # in place: fresh memory for each step takes ten times as long
+        signed = images.float().div_(127.5).sub_(1)  # in place: fresh memory costs more than the arithmetic
         return signed.view(*frames.shape[:2], 3, size, size)
 
     def _embed(self, images: Tensor) -> Tensor:
