@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background jobs do; what is tested obeys it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 EPISODE_LENGTHS = (12, 9, 14, 10)
 TASKS = ("reach the red disc", "push the blue cube")
