@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from hlrp_core.heads.linear_cross_entropy import workspace
+
 
 def interleaved_ms(functions: dict[str, Callable[[], object]], rounds: int, *, warmup: int = 1) -> dict[str, float]:
     """Median milliseconds of each function. They take turns, so that a busy machine slows all of them."""
@@ -32,8 +34,10 @@ def extra_peak_bytes(function: Callable[[], object]) -> int:
     """How far memory rises above its level before the call, on the CPU.
 
     Counted from the profiler's record of every allocation and release by torch's allocator, in order of time: exact
-    and repeatable, where the resident size of the process depends on what the system hands back and when.
+    and repeatable, where the resident size of the process depends on what the system hands back and when. A buffer that
+    is kept from one step to the next counts, too: it is let go before.
     """
+    workspace.clear()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         function()
     kineto: Any = profiler.profiler

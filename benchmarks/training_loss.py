@@ -27,7 +27,6 @@ from hlrp_core import BackendMode, FoundationBatch, make_backend
 from hlrp_core.backbones.cpu_linear import torch_kernels
 from hlrp_core.backbones.random_checkpoint import write_random_checkpoint
 from hlrp_core.backends.composed import ComposedBackend
-from hlrp_core.heads.linear_cross_entropy import workspace
 from hlrp_core.registry import get_recipe
 
 VOCABULARIES = {"qwen3_vl": 151_936, "smolvlm": 49_280}  # rows of the published models
@@ -100,7 +99,6 @@ def measure(name: str, size: str, image: tuple[int, int], args: argparse.Namespa
 
     def memory_of_step(loss) -> int:
         step(loss)  # leaves gradients behind, to which the step that counts adds
-        workspace.clear()
         return extra_peak_bytes(lambda: loss(backend, batch).backward())
 
     def step_on_torch_kernels() -> None:
