@@ -173,7 +173,8 @@ class ActionBatch(FoundationBatch):
         actions: `[B, C, A]` float, normalised.
         action_is_pad: `[B, C]` bool, True where the chunk runs past the end of its episode.
         action_valid: `[B]` bool, False where a sample has no action label. None: all have one.
-        views: further cameras at time t, by name, each `[B, H, W, 3]` uint8.
+        views: further cameras at time t, by name, each `[B, H, W, 3]` uint8. Their order is that of the prompt's
+            images, so that it must be the same in training and in prediction.
     """
 
     state: Tensor | None = None

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from hlrp_core.backends.config import BackendConfig
 from hlrp_core.expectation import expect
-from hlrp_core.heads import ActionHeadConfig
-from lerobot_hlrp.policy_config import ActionExpertConfig
+from hlrp_core.heads import ActionExpertConfig, ActionHeadConfig
 
 if TYPE_CHECKING:
     from lerobot_hlrp.policy_config import HLRPConfig
@@ -89,7 +88,7 @@ def _build_head_config(
         state_dim=state.shape[0] if state is not None else 0,
         code_conditioning=config.resolved_code_conditioning,  # type: ignore[arg-type]
         code_vector_dim=code_vector_dim if saved is None else saved.code_vector_dim,
-        **{f.name: getattr(config.action_expert, f.name) for f in fields(ActionExpertConfig)},  # type: ignore[arg-type]
+        **{f.name: getattr(config.action_expert, f.name) for f in fields(ActionExpertConfig)},
     )
     if saved is not None:
         _expect_same_head(head, saved)

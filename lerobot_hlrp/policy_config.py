@@ -8,7 +8,7 @@ on the command line.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,24 +25,10 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from hlrp_core.codes.token_scheme import TokenSchemeConfig
 from hlrp_core.contract import OBJECTIVES, BackendMode
 from hlrp_core.expectation import expect, expect_choice
-from hlrp_core.heads import ACTION_HEADS, ActionHeadConfig
+from hlrp_core.heads import ACTION_HEADS, ActionExpertConfig
 from hlrp_core.prompting.prompt import PromptConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-# Settings of an action head that the policy's config holds under the same names, or that the data decide.
-HEAD_SETTINGS_ELSEWHERE = ("kind", "chunk_size", "action_dim", "state_dim", "code_conditioning", "code_vector_dim")
-
-ActionExpertConfig = make_dataclass(
-    "ActionExpertConfig",
-    [
-        (f.name, f.type, field(default=f.default))
-        for f in fields(ActionHeadConfig)
-        if f.name not in HEAD_SETTINGS_ELSEWHERE
-    ],
-    module=ActionHeadConfig.__module__,  # where the names in the annotations mean something
-)
-ActionExpertConfig.__doc__ = ActionHeadConfig.__doc__
 
 
 @dataclass
@@ -130,7 +116,7 @@ class HLRPConfig(PreTrainedConfig):
     # lerobot-eval with --eval.batch_size=1: beside each rollout a video of what the policy expects to see, drawn by the
     # LAQ from the codes that it predicts.
     save_predicted_video: bool = False
-    action_expert: ActionExpertConfig = field(default_factory=ActionExpertConfig)  # type: ignore[valid-type]
+    action_expert: ActionExpertConfig = field(default_factory=ActionExpertConfig)
     # How codes reach the action head: `tokens`, `soft` or `none`; with code_head=vector: `vector` or `none`. By default
     # `none` for prefix_flow.
     code_conditioning: str | None = None
@@ -146,8 +132,8 @@ class HLRPConfig(PreTrainedConfig):
     action_episode_share: float | None = None
     # Seed of that draw.
     action_episode_seed: int = 0
-    # Real-time chunking (flow heads): an RTCConfig, which lerobot-rollout sets. Not saved.
-    rtc_config: Any = None  # LeRobot's class itself would import every policy of LeRobot
+    # Real-time chunking (flow heads): an RTCConfig of LeRobot, which lerobot-rollout sets. Not saved.
+    rtc_config: Any = None
 
     # How state and action are normalised. Images are the backbone's own processor's business.
     normalization_mapping: dict[str, NormalizationMode] = field(
@@ -158,17 +144,23 @@ class HLRPConfig(PreTrainedConfig):
         }
     )
 
+    # Peak learning rate; after the warmup it falls along a cosine.
     optimizer_lr: float = 1e-4
     # Learning rate of the backbone, relative to the heads'.
     backbone_lr_multiplier: float = 1.0
+    # Of AdamW: decay of its two moving averages.
     optimizer_betas: tuple[float, float] = (0.9, 0.95)
+    # Of AdamW: added to the denominator.
     optimizer_eps: float = 1e-8
+    # Of AdamW.
     optimizer_weight_decay: float = 1e-4
+    # Gradients are scaled down to this norm.
     optimizer_grad_clip_norm: float = 1.0
     # Steps of linear warmup.
     scheduler_warmup_steps: int = 500
     # Steps of the cosine decay to `scheduler_decay_lr`. By default it ends at 0 with the run.
     scheduler_decay_steps: int | None = None
+    # Learning rate at the end of that decay, where `scheduler_decay_steps` is set.
     scheduler_decay_lr: float = 2.5e-6
 
     # Push the trained policy to `repo_id`.

@@ -224,6 +224,7 @@ class ComposedBackend(nn.Module):
 
         Raises:
             UnsupportedModeError: the backend has no action head.
+            ValueError: a state is not finite.
         """
         self._objectives(BackendMode.ACTIONS)
         head = self.action_head
@@ -237,7 +238,8 @@ class ComposedBackend(nn.Module):
             if head.needs_codes:
                 latent = self.code_head.predict(self.core, inputs, sampling, encoding=encoding)
                 seen = see_prediction(latent, head, self.code_head)
-            state = batch.state.to(self.core.device) if batch.state is not None else None
+            everyone = torch.ones(batch.batch_size, dtype=torch.bool, device=self.core.device)
+            state = read_state(batch, everyone) if head.needs_state else None
             context = build_context(head, state=state, prefix=encoding.prefix if encoding else None, seen=seen)
             actions = head.predict(context, sampling)
         return ActionOutput(actions=actions.float(), metrics={}, latent=latent)
@@ -249,7 +251,7 @@ class ComposedBackend(nn.Module):
         state = None
         if isinstance(batch, ActionBatch):
             state = batch.state
-            views += [batch.views[name] for name in sorted(batch.views)]
+            views += batch.views.values()
         side = "left" if for_prediction else self.prompting.config.padding_side
         return self.prompting.encode(views, batch.instructions, padding_side=side, state=state)
 

@@ -88,8 +88,7 @@ def read_state(batch: ActionBatch, mask: Tensor) -> Tensor | None:
     is_broken = mask & ~state.isfinite().all(-1)  # (B,)
     if bool(is_broken.any()):
         raise ValueError(
-            "state: expected finite numbers where a sample has an action label, got NaN or infinity in samples "
-            f"{is_broken.nonzero().flatten().tolist()}. Next step: repair the data, or mark these samples with "
-            "action_valid=False."
+            f"state: expected finite numbers, got NaN or infinity in samples {is_broken.nonzero().flatten().tolist()}. "
+            "Next step: repair the state; in training, action_valid=False marks samples without an action label."
         )
     return torch.where(mask[:, None], state, 0)

@@ -150,9 +150,9 @@ def generate_ids(
     **kwargs: Any,
 ) -> Tensor:
     """New ids `[B, N]`, at most one completion long."""
-    if sampling.generator is not None:
+    if sampling.generator is not None and sampling.temperature > 0:  # greedy codes take nothing from it
         raise ValueError(
-            "decoding: expected no generator with Hugging Face `generate`, got one. Next step: use "
+            "decoding: expected no generator with Hugging Face `generate` and a temperature, got one. Next step: use "
             "decoding=constrained, or seed torch's global generator."
         )
     _expect_left_padding(inputs.tokens)

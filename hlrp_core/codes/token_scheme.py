@@ -22,18 +22,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class TokenSchemeConfig:
-    """How codes are written.
+    """How codes are written. The comment above a field is its help text on the command line.
 
-    Args:
-        begin: wrapper before the codes.
-        end: wrapper after the codes.
-        separator: between all of them, in plain text; `""` is the short scheme.
-        code: name of a code token; `{}` stands for the code.
+    Raises:
+        ValueError: names that are no tokens, or that do not go together.
     """
 
+    # Wrapper before the codes.
     begin: str = "<ACTION>"
+    # Wrapper after the codes.
     end: str = "</ACTION>"
+    # Between all of them, in plain text; empty for the short scheme.
     separator: str = " "
+    # Name of a code token; `{}` stands for the code.
     code: str = "<ACT_{}>"
 
     def __post_init__(self) -> None:

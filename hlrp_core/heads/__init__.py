@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hlrp_core.expectation import expect_choice
-from hlrp_core.heads.action_config import ActionHeadConfig, CodeConditioning
+from hlrp_core.heads.action_config import ActionExpertConfig, ActionHeadConfig, CodeConditioning
 from hlrp_core.heads.action_head import ActionContext, ActionHead, ContextSizes, PrefixEncoding
 from hlrp_core.heads.code_vectors import hand_over_code_vectors
 from hlrp_core.heads.flow import FlowHead
@@ -43,6 +43,7 @@ def build_action_head(
 __all__ = [
     "ACTION_HEADS",
     "ActionContext",
+    "ActionExpertConfig",
     "ActionHead",
     "ActionHeadConfig",
     "CodeConditioning",

@@ -1,4 +1,7 @@
-"""Settings of a latent-action quantiser; they travel with its weights."""
+"""Settings of a latent-action quantiser; they travel with its weights.
+
+The comment above a field is its help text on the command line.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Literal
 SCHEMA_VERSION = 1
 
 QuantizerName = Literal["fsq", "vq", "diveq"]
+TargetName = Literal["pixels", "features"]
 QUANTIZERS = ("fsq", "vq", "diveq")
 TARGETS = ("pixels", "features")
 MAX_LEVELS = 16  # of one dimension of a code
@@ -15,42 +19,43 @@ MAX_LEVELS = 16  # of one dimension of a code
 
 @dataclass
 class LAQConfig:
-    """Args:
-    codebook_size: K, entries that each code position chooses from.
-    code_seq_len: S, code positions for one transition.
-    frame_gap: Δ, dataset frames between two neighbouring frames.
-    num_frames: T; T frames are T-1 transitions, and a label has (T-1)*S codes.
-    quantizer: `fsq` (finite scalar quantisation: no collapse, no auxiliary loss), `vq` (learnt codebook by moving
-        averages, dead codes replaced) or `diveq` (learnt by gradient through a noisy direction, in the manner of NSVQ).
-    fsq_depth: how many positions refine one another, with `fsq`; a divisor of S. 1: every position has latents of its
-        own. At depth 2 the second half of the positions says what the first half has left over: finer, with half as
-        many latents.
-    image_size: side of the square that frames are resized to.
-    patch_size: side of a patch of that square.
-    hidden_dim: channels of encoder and decoder.
-    num_layers: convolution blocks of the decoder.
-    code_dim: D of a code vector (`vq`, `diveq`); `fsq` has one dimension for each of its levels.
-    target: what is reconstructed: `pixels`, or `features` of a frozen encoder.
-    feature_encoder: Hub id or folder of that encoder, a vision transformer of transformers (DINOv2, DINOv3, ...).
-    feature_shape: channels and grid side of its features; filled in when the LAQ is made.
-    motion_weight: how much more a pixel counts that differs between the two frames.
+    """Raises:
+    ValueError: a setting is out of range, or two do not fit each other.
     """
 
+    # K, entries that each code position chooses from.
     codebook_size: int = 8
+    # S, code positions for one transition.
     code_seq_len: int = 4
+    # Δ, dataset frames between two neighbouring frames.
     frame_gap: int = 3
+    # T; T frames are T-1 transitions, and a label has (T-1)*S codes.
     num_frames: int = 2
+    # `fsq` (finite scalar quantisation: no collapse, no auxiliary loss), `vq` (learnt codebook by moving averages, dead
+    # codes replaced) or `diveq` (learnt by gradient through a noisy direction, in the manner of NSVQ).
     quantizer: QuantizerName = "fsq"
+    # How many positions refine one another, with `fsq`; a divisor of S. 1: every position has latents of its own. At
+    # depth 2 the second half of the positions says what the first half has left over: finer, with half as many latents.
     fsq_depth: int = 1
+    # Pixels along the side of the square that frames are resized to.
     image_size: int = 64
+    # Pixels along the side of a patch of that square.
     patch_size: int = 4
+    # Channels of encoder and decoder; a multiple of 8.
     hidden_dim: int = 64
+    # Convolution blocks of the decoder.
     num_layers: int = 4
+    # D, width of a code vector (`vq`, `diveq`); `fsq` has one dimension for each of its levels.
     code_dim: int = 16
-    target: Literal["pixels", "features"] = "pixels"
+    # What is reconstructed: `pixels`, or `features` of a frozen encoder.
+    target: TargetName = "pixels"
+    # Hub id or folder of that encoder, a vision transformer of transformers (DINOv2, DINOv3, ...).
     feature_encoder: str | None = None
+    # Channels and grid side of its features; filled in when the LAQ is made.
     feature_shape: tuple[int, int] = (0, 0)
+    # How much more a pixel counts that differs between the two frames.
     motion_weight: float = 20.0
+    # Filled in: of the saved settings.
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:

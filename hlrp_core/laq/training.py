@@ -70,10 +70,13 @@ class LAQTrainingConfig:
     lr: float = 2e-3
     # Steps of linear warmup.
     warmup_steps: int = 50
+    # Of AdamW.
     weight_decay: float = 1e-2
+    # Gradients are scaled down to this norm.
     grad_clip_norm: float = 1.0
     # Share of the steps over which FSQ goes from unquantised to quantised.
     soft_share: float = 0.4
+    # Of everything that is drawn at random.
     seed: int = 0
     # Steps between two lines of metrics.
     log_freq: int = 50

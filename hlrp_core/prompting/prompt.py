@@ -1,4 +1,7 @@
-"""The settings of a prompt, and the pieces that a prompting strategy composes it from."""
+"""The settings of a prompt, and the pieces that a prompting strategy composes it from.
+
+The comment above a setting is its help text on the command line.
+"""
 
 from __future__ import annotations
 
@@ -15,35 +18,36 @@ PaddingSide = Literal["left", "right"]
 class PromptConfig:
     """What stands around the image and the instruction. Travels with the checkpoint.
 
-    Args:
-        system: system prompt; `""` for none. May hold special tokens, but none that stands for an image.
-        few_shot: text before the instruction, such as worked examples. May hold special tokens as `system` may.
-        instruction_template: `{instruction}` stands for the user's words, which are always plain text. What is around
-            them is encoded with them, so that special tokens are refused here: they would come out as plain text, too.
-        use_instruction: False hides the user's words from the model: the baseline that cannot listen.
-        state_text: write the normalised state at time t behind the words, on a line of its own, as whole numbers.
-            Off, only an action head sees the state.
-        state_template: `{state}` stands for the numbers, with blanks between them. No special tokens either.
-        state_bins: how many numbers there are: 0 to `state_bins` - 1.
-        state_range: the bins divide [-`state_range`, `state_range`] evenly, and what lies beyond falls into the outer
-            ones. The default suits a state normalised to mean 0 and standard deviation 1; for one in [-1, 1] it is 1.
-        image_position: of the image, relative to the words. `after` lets the image's tokens attend to the words
-            under a causal mask: a model trained from scratch needs it to learn what the words point at.
-        length_from: who finds the prompt's ids and so its length: the `tokenizer` alone, with the image's token
-            count from its grid, or the `processor`'s own output. Both are compared once, at setup.
-        padding_side: in training. Prediction always pads left.
+    Raises:
+        ValueError: a setting is out of range, or a template lacks its slot.
     """
 
+    # System prompt; empty for none. May hold special tokens, but none that stands for an image.
     system: str = ""
+    # Text before the instruction, such as worked examples. May hold special tokens as `system` may.
     few_shot: str = ""
+    # `{instruction}` stands for the user's words, which are always plain text. What is around them is encoded with
+    # them, so that special tokens are refused here: they would come out as plain text, too.
     instruction_template: str = "{instruction}"
+    # False hides the user's words from the model: the baseline that cannot listen.
     use_instruction: bool = True
+    # Write the normalised state at time t behind the words, on a line of its own, as whole numbers. Off, only an action
+    # head sees the state.
     state_text: bool = False
+    # `{state}` stands for the numbers, with blanks between them. No special tokens either.
     state_template: str = "State: {state};"
+    # How many numbers there are: 0 to `state_bins` - 1.
     state_bins: int = 256
+    # The bins divide [-`state_range`, `state_range`] evenly, and what lies beyond falls into the outer ones. The
+    # default suits a state normalised to mean 0 and standard deviation 1; for one in [-1, 1] it is 1.
     state_range: float = 3.0
+    # Of the image, relative to the words. `after` lets the image's tokens attend to the words under a causal mask: a
+    # model trained from scratch needs it to learn what the words point at.
     image_position: ImagePosition = "after"
+    # Who finds the prompt's ids and so its length: the `tokenizer` alone, with the image's token count from its grid,
+    # or the `processor`'s own output. Both are compared once, at setup.
     length_from: LengthSource = "tokenizer"
+    # In training. Prediction always pads left.
     padding_side: PaddingSide = "left"
 
     def __post_init__(self) -> None:

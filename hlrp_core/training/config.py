@@ -27,7 +27,9 @@ class CodeTrainingConfig:
     lr: float = 1e-4
     # Steps of linear warmup.
     warmup_steps: int = 500
+    # Of AdamW.
     weight_decay: float = 1e-4
+    # Decay of its two moving averages.
     betas: tuple[float, float] = (0.9, 0.95)
     # Gradients are scaled down to this norm.
     grad_clip_norm: float = 1.0

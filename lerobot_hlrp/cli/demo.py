@@ -19,16 +19,13 @@ from lerobot_hlrp.cli.command import run_command
 
 @dataclass
 class DemoConfig:
-    """Args:
-    preset: `demo` (25 minutes on two cores), `full` (90 minutes, reaching and pushing) or `smoke` (only runs it all).
-    output_dir: where checkpoints, report and pictures go.
-    seed: another one gives other scenes to learn from, weights and batches; the evaluation's scenes stay the same.
-    print_commands: only print the commands that it would run.
-    """
-
+    # `demo` (25 minutes on two cores), `full` (90 minutes, reaching and pushing) or `smoke` (only runs it all).
     preset: str = "demo"
+    # Where checkpoints, report and pictures go.
     output_dir: Path = Path("outputs/demo")
+    # Another one gives other scenes to learn from, weights and batches; the evaluation's scenes stay the same.
     seed: int = 0
+    # Only print the commands that it would run.
     print_commands: bool = False
 
 

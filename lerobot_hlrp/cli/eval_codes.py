@@ -40,6 +40,7 @@ class SavedPolicy:
 
 @dataclass(kw_only=True)
 class EvalCodesCommand:
+    # What is measured.
     policy: SavedPolicy
     # `--dataset.eval_split` as in training measures the held-out episodes; `--dataset.episodes` names some.
     dataset: DatasetConfig
@@ -56,7 +57,9 @@ class EvalCodesCommand:
     # Normalise a state in the prompt by this dataset's own statistics instead of the saved ones: as a mix of datasets
     # does with each of them, of which the saved ones are the first one's.
     own_statistics: bool = False
+    # Samples in a batch.
     batch_size: int = 16
+    # Processes that load frames; 0 loads them in this one.
     num_workers: int = 0
     # Samples at most, spread over the episodes; 0 for all of them.
     max_samples: int = 0

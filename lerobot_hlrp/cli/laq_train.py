@@ -28,7 +28,6 @@ class TrainLAQCommand(LAQTrainingConfig):
     output_dir: Path
     # Camera whose frames it sees. By default the only one.
     camera: str | None = None
-    # Sizes of the quantiser.
     laq: LAQConfig = field(default_factory=LAQConfig)
     # Δ in seconds, instead of `laq.frame_gap` in frames.
     frame_gap_s: float | None = None

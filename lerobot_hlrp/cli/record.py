@@ -32,8 +32,9 @@ class RecordedDataset:
     # Frames as video, or as PNG images: exact, and faster to read in random order while they are small. By default
     # images for the tabletop and video for Meta-World.
     video: bool | None = None
-    # Upload the finished dataset to the Hub as `repo_id`, for everyone or only for you.
+    # Upload the finished dataset to the Hub as `repo_id`.
     push_to_hub: bool = False
+    # Upload it for you alone.
     private: bool = False
 
 

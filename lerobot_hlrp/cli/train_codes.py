@@ -63,9 +63,7 @@ class TrainCodesCommand(CodeTrainingConfig):
     frame_gap: int | None = None
     # The same in seconds: the frames of each dataset follow from its frame rate.
     frame_gap_s: float | None = None
-    # What stands around image and instruction.
     prompt: PromptConfig = field(default_factory=PromptConfig)
-    # How codes are written.
     token_scheme: TokenSchemeConfig = field(default_factory=TokenSchemeConfig)
     # Pixels along an image's side, as the backbone sees it. By default as the backbone's processor has it.
     image_size: int | None = None

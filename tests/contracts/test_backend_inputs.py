@@ -147,8 +147,10 @@ def test_several_views(build):
     views = {name: torch.randint(0, 256, (3, 48, 48, 3), dtype=torch.uint8) for name in ("wrist", "side")}
     noise = SamplingOptions(noise=torch.randn(3, 4, 2))
     one = backend.predict_action_chunk(replace(batch, views=views), sampling=noise).actions
+    renamed = {f"other_{name}": view for name, view in views.items()}  # another robot calls them differently
+    assert torch.equal(one, backend.predict_action_chunk(replace(batch, views=renamed), sampling=noise).actions)
     reordered = {name: views[name] for name in ("side", "wrist")}
-    assert torch.equal(one, backend.predict_action_chunk(replace(batch, views=reordered), sampling=noise).actions)
+    assert not torch.equal(one, backend.predict_action_chunk(replace(batch, views=reordered), sampling=noise).actions)
     changed = {**views, "wrist": 255 - views["wrist"]}
     assert not torch.equal(one, backend.predict_action_chunk(replace(batch, views=changed), sampling=noise).actions)
     small = {"wrist": views["wrist"][:, :24, :24]}

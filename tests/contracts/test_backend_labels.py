@@ -85,6 +85,8 @@ def test_a_broken_state_of_a_labelled_sample_is_an_error(build, head):
     if backend.action_head.needs_codes:  # without a teacher's code the action does not supervise
         unlabelled = replace(broken, codes_valid=torch.tensor([True, False, True]))
         assert backend.loss_from_batch(unlabelled, mode=ACTIONS).loss.isfinite()
+    with pytest.raises(ValueError, match=r"state: expected finite numbers.* in samples \[1, 2\].*Next step"):
+        backend.predict_action_chunk(broken)
 
 
 @pytest.mark.parametrize(("head", "settings"), [*[(head, {}) for head in HEADS], ("prefix_flow", OTHER_SETTINGS)])

@@ -196,7 +196,9 @@ def test_sampling_follows_the_distribution_and_its_generator(fitted):
     assert sampled.tokens.max() < backend.codebook_size
     assert not torch.equal(sampled.tokens, first.tokens)
     with pytest.raises(ValueError, match="generator"):
-        decode(backend, "generate", batch, generator=torch.Generator())
+        decode(backend, "generate", batch, temperature=1.0, generator=torch.Generator())
+    unused = decode(backend, "generate", batch, generator=torch.Generator())  # greedy codes do not draw
+    assert torch.equal(unused.tokens, decode(backend, "generate", batch).tokens)
 
 
 @pytest.mark.parametrize("name", ["qwen_chat", "qwen_plain", "smol_chat", "smol_plain"])
