@@ -22,8 +22,8 @@ copying (bytes read and written), of its arithmetic by a product of bfloat16 mat
   moments read, all but the gradient written) / memory rate. `peak` is the most memory of a step, of which weights,
   gradients and moments need `state`. What does not fit into memory is null.
 
-`--compile` adds `compiled`, by torch.compile: in decoding the steps over the cache, in a chunk the decoder layers and
-the flow expert (as a CUDA graph), in training the decoder layers.
+`--compile` adds `compiled`, by torch.compile: in decoding the steps over the cache (and `compiled_equal_share` of the
+codes), in a chunk the decoder layers and the flow expert (as a CUDA graph), in training the decoder layers.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ from torch import Tensor, nn
 from training_loss import full_logits_loss, our_loss
 from transformers import AutoConfig, AutoProcessor, Qwen3VLForConditionalGeneration
 
-from hlrp_core import ActionBatch, BackendMode, SamplingOptions
+from hlrp_core import ActionBatch, BackendMode, LatentOutput, SamplingOptions
 from hlrp_core.backbones.qwen3_vl import Qwen3VLCore
 from hlrp_core.backends.composed import ComposedBackend
 from hlrp_core.backends.config import BackendConfig
+from hlrp_core.expectation import expect
 from hlrp_core.heads import ActionContext, ActionHeadConfig, PrefixEncoding, PrefixFlowHead
 from hlrp_core.registry import get_recipe
 from hlrp_core.training.config import CodeTrainingConfig
@@ -57,9 +58,10 @@ HEAD = ActionHeadConfig(kind="prefix_flow", chunk_size=50, num_flow_steps=10, ac
 COMPILER = "inductor"
 PROBE_REPEATS = 10  # between two synchronisations, whose own time would count
 TEXT_2B = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "head_dim": 128}
-TEXT_2B |= {"num_attention_heads": 16, "num_key_value_heads": 8}
+TEXT_2B |= {"num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151_936, "initializer_range": 0.02}
 VISION_2B = {"hidden_size": 1024, "intermediate_size": 4096, "depth": 24, "num_heads": 16, "out_hidden_size": 2048}
-VISION_2B |= {"deepstack_visual_indexes": [5, 11, 17], "num_position_embeddings": 2304}
+VISION_2B |= {"deepstack_visual_indexes": [5, 11, 17], "num_position_embeddings": 2304, "patch_size": 16}
+MROPE_2B = [24, 20, 20]
 
 
 def build_model(backbone: str, shape: str, *, device: str, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
@@ -69,6 +71,7 @@ def build_model(backbone: str, shape: str, *, device: str, dtype: torch.dtype) -
             setattr(config.text_config, name, value)
         for name, value in VISION_2B.items():
             setattr(config.vision_config, name, value)
+        config.text_config.rope_parameters["mrope_section"] = MROPE_2B
     with torch.device(device):  # initialised there, too
         return Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype)
 
@@ -85,7 +88,16 @@ def build(args: argparse.Namespace, dtype: torch.dtype, **settings: Any) -> Comp
     free_memory()
     torch.manual_seed(0)
     model = build_model(args.backbone, args.shape, device=args.device, dtype=dtype)
-    core = Qwen3VLCore(model, AutoProcessor.from_pretrained(args.backbone))
+    processor = AutoProcessor.from_pretrained(args.backbone)
+    patches = processor.image_processor.patch_size, model.config.vision_config.patch_size
+    expect(
+        patches[0] == patches[1],
+        "backbone",
+        f"a processor with patches of {patches[1]} pixels, as the shape has",
+        f"one with {patches[0]} in {args.backbone}",
+        "Give --shape=2b the config.json and the processor of a published Qwen3-VL.",
+    )
+    core = Qwen3VLCore(model, processor)
     backend = get_recipe("qwen_chat").compose(BackendConfig(name="qwen_chat", **settings), core, True)
     if backend.action_head is not None:
         backend.action_head.to(dtype)
@@ -182,16 +194,24 @@ def _measure_decoding(
 ) -> dict[str, Any]:
     batch = make_batch(args, batch_size)
     inputs = backend._prompt(batch, for_prediction=True)
-    calls: dict[str, Call] = {
+    calls: dict[str, Callable[[], Any]] = {
         "constrained": lambda: backend.code_head.predict(backend.core, inputs, SamplingOptions()),
         "whole": lambda: backend.latent_from_batch(batch, mode=BackendMode.CODES),
         "floor": lambda: run_floor(backend, inputs),
     }
+    case: dict[str, Any] = {"batch": batch_size, "S": backend.code_seq_len, "K": backend.codebook_size}
+    case |= {"prompt_tokens": inputs.tokens.ids.shape[1]}
     if args.compile:
         calls["compiled"] = calls["constrained"]
-    case = {"batch": batch_size, "S": backend.code_seq_len, "K": backend.codebook_size}
-    case |= {"prompt_tokens": inputs.tokens.ids.shape[1]}
+        case["compiled_equal_share"] = compare_codes(calls["constrained"])
     return {**case, **measure_prediction(args, rates, backend, calls)}
+
+
+def compare_codes(predict: Callable[[], LatentOutput]) -> float:
+    """The share of codes that are the same when compiled. Rounding may tip a few, as random weights are undecided."""
+    tokens = predict().tokens
+    with torch.compiler.set_stance("force_eager"):
+        return round(float((tokens == predict().tokens).float().mean()), 3)
 
 
 def compile_steps(backend: ComposedBackend) -> None:
@@ -276,7 +296,10 @@ def measure_training(args: argparse.Namespace, rates: dict[str, float]) -> dict[
     B, S, K = args.training_batch_size, backend.code_seq_len, backend.codebook_size
     codes = torch.randint(0, K, (B, S))
     batch = make_batch(args, B, target_codes=codes)
-    optimizer = torch.optim.AdamW(backend.parameters(), lr=CodeTrainingConfig.lr, betas=CodeTrainingConfig.betas)
+    # fused: torch's other kernel makes copies of all weights on a GPU, which would hide what a loss takes
+    fused = args.device != "cpu"
+    betas = CodeTrainingConfig.betas
+    optimizer = torch.optim.AdamW(backend.parameters(), lr=CodeTrainingConfig.lr, betas=betas, fused=fused)
     losses = {"ours": our_loss, "full": full_logits_loss}
     steps = {name: Step(backend, batch, optimizer, loss) for name, loss in losses.items()}
     operations = sum(count for _, count in count_work(steps["ours"].forward, backend))
@@ -290,7 +313,7 @@ def measure_training(args: argparse.Namespace, rates: dict[str, float]) -> dict[
         steps["compiled"] = steps["ours"]
         peaks["compiled"] = steps["compiled"].peak_bytes()
     times = measure_ms({name: step for name, step in steps.items() if peaks[name] is not None}, args)
-    result: dict[str, Any] = {"batch": B, "weights": num_weights}
+    result: dict[str, Any] = {"batch": B, "weights": num_weights, "vocabulary": len(backend.core.lm_head.weight)}
     result |= {"arithmetic_ms": round(arithmetic_ms, 4), "update_ms": round(update_ms, 4)}
     result |= dict.fromkeys(f"{name}_ms" for name in steps)
     result |= compare(times, arithmetic_ms + update_ms)
@@ -333,16 +356,22 @@ def main() -> None:
     machine, rates = describe_device(args.device), measure_rates(args)
     speeds = f"{rates['bytes_per_s'] / 1e9:,.0f} GB/s, {rates['operations_per_s'] / 1e12:,.1f} TFLOP/s in bfloat16"
     print(f"{machine.get('gpu', machine['cpu'])}, torch {machine['torch']}: {speeds}")
+    settings = {name: getattr(args, name) for name in ("shape", "compile", "image_size", "rounds")}
+    result: dict[str, Any] = {
+        "machine": machine,
+        **settings,
+        "rates": rates,
+    }  # written after each part: minutes of work
     codes = [row for sizes in CODES for row in measure_codes(args, rates, *sizes)]
+    write_result(result := {**result, "codes": codes}, args.output)
     header = ["codes", *(f"S={row['S']}, K={row['K']}, batch {row['batch']}" for row in codes)]
     print_table(header, [[key, *(row[key] for row in codes)] for key in codes[0] if key not in ("S", "K", "batch")])
     chunk = measure_chunk(args, rates)
+    write_result(result := {**result, "chunk": chunk}, args.output)
     print_table(["chunk", ""], [list(item) for item in chunk.items()])
     training = measure_training(args, rates)
+    write_result({**result, "training": training}, args.output)
     print_table(["training", ""], [list(item) for item in training.items()])
-    settings = {name: getattr(args, name) for name in ("shape", "image_size", "rounds")}
-    result = {"machine": machine, **settings, "rates": rates, "codes": codes, "chunk": chunk, "training": training}
-    write_result(result, args.output)
 
 
 if __name__ == "__main__":

@@ -230,6 +230,8 @@ def build_saved_backend(
                 f"{name}: expected {getattr(saved, name)} as in the checkpoint {folder}, got {getattr(config, name)}. "
                 "Next step: leave the setting out, or train a new model for other codes."
             )
+    if changed := _differences(saved, config):
+        logger.info("Settings other than in the checkpoint %s: %s", folder, "; ".join(changed))
     recipe = get_recipe(config.name)
     recipe.check(config)
     core = build_core(
@@ -252,6 +254,16 @@ def build_saved_backend(
             f"{_brief(code_token_ids(backend))} in {folder}. Next step: copy or download the folder anew."
         )
     return backend
+
+
+def _differences(saved: BackendConfig, config: BackendConfig) -> list[str]:
+    """What a caller has changed, knowingly or by leaving a saved setting out."""
+    old, new = asdict(saved), asdict(config)
+    for settings in (old, new):
+        settings |= {f"prompt.{name}": value for name, value in settings.pop("prompt").items()}
+        head = settings.pop("action_head")
+        settings["action_head"] = head["kind"] if head else None
+    return [f"{name}={new[name]!r} (there {old[name]!r})" for name in old if new[name] != old[name]]
 
 
 def _brief(ids: dict[str, int]) -> str:

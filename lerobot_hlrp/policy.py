@@ -76,7 +76,7 @@ class HLRPPolicy(PreTrainedPolicy):
         labels = open_label_source(config, dataset_meta)
         episodes, self._supervision = None, None
         if dataset_meta is not None:
-            # A saved policy may be loaded beside a dataset to act alone, as LeRobot's recording does.
+            # A saved policy may be loaded beside a dataset to act alone, without labels.
             if backend is None and config.needs_code_labels and labels is None:
                 raise missing_labels(config)
             episodes = _claim_action_episodes(config, dataset_meta)
@@ -197,10 +197,11 @@ class HLRPPolicy(PreTrainedPolicy):
         )
         rtc = {}
         if self.rtc_processor is not None and prev_chunk_left_over is not None:
-            left_over = prev_chunk_left_over
+            left_over = prev_chunk_left_over if prev_chunk_left_over.ndim == 3 else prev_chunk_left_over[None]
             rtc = {
                 "inference_delay": inference_delay,
-                "prev_chunk_left_over": left_over if left_over.ndim == 3 else left_over[None],
+                # LeRobot pads it to its execution horizon, which may be longer than a chunk
+                "prev_chunk_left_over": left_over[:, : self.config.chunk_size],
                 "execution_horizon": execution_horizon,
                 "guidance": self.rtc_processor.denoise_step,
             }

@@ -182,6 +182,21 @@ class HLRPConfig(PreTrainedConfig):
             expect(pair in self.backends, "prompting, code_head", known, pair, "Choose one of these.")
         if self.action_head is not None:
             expect_choice("action_head", self.action_head, list(ACTION_HEADS))
+        expect(
+            not self.use_amp,
+            "use_amp",
+            "false, as the policy has a precision of its own in training and in evaluation",
+            True,
+            "Leave it out; --policy.dtype=bfloat16.",
+        )
+        expect(
+            not self.freeze_backbone or self.code_rows_can_learn,
+            "freeze_backbone",
+            f"something in the backbone that learns codes as tokens in mode={self.mode}",
+            "all of it frozen",
+            "Leave it out (--policy.freeze_vision=true freezes a part), or train the rows of the code tokens: "
+            "--policy.train_vocabulary=code_rows.",
+        )
         self._check_labels()
         for name in ("chunk_size", "n_action_steps"):
             expect(getattr(self, name) >= 1, name, "1 or more", getattr(self, name), "Raise it.")
@@ -238,6 +253,12 @@ class HLRPConfig(PreTrainedConfig):
     @property
     def learns_actions(self) -> bool:
         return "actions" in self.objectives
+
+    @property
+    def code_rows_can_learn(self) -> bool:
+        """Whether a code loss, if the mode has one, finds anything to train beside a frozen backbone."""
+        is_head = self.code_head != "tokens"  # which is no part of the backbone
+        return is_head or "codes" not in self.objectives or self.train_vocabulary == "code_rows"
 
     @property
     def reads_state(self) -> bool:

@@ -60,7 +60,7 @@ def test_every_measure_is_written(result):
     assert (result["chunk"]["chunk"], result["chunk"]["flow_steps"], result["chunk"]["forwards"]) == (50, 10, 11)
     for row in (*result["codes"], result["chunk"]):
         assert {"whole_ms", "floor_ms", "compiled_ms", "hardware_ms", "whole_over_floor"} <= row.keys()
-    assert all("constrained_ms" in row for row in result["codes"])
+    assert all("constrained_ms" in row and row["compiled_equal_share"] == 1 for row in result["codes"])
     training = result["training"]
     for name in ("ours", "full", "compiled"):
         assert {f"{name}_ms", f"{name}_samples_per_s", f"{name}_peak_mb", f"{name}_over_hardware"} <= training.keys()
@@ -107,6 +107,12 @@ def test_what_does_not_fit_is_null(gpu, backbone, monkeypatch):
 def test_the_2b_shape_is_that_of_the_published_model(gpu, real_processor: Callable[[str], Path]):
     model = gpu.build_model(real_processor("qwen3_vl"), "2b", device="meta", dtype=torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == 2_127_532_032
+
+
+def test_a_processor_of_another_shape_is_refused(gpu, backbone):
+    args = Namespace(backbone=backbone, shape="2b", device="meta")
+    with pytest.raises(ValueError, match=r"patches of 16 pixels, as the shape has, got one with 12.*Next step"):
+        gpu.build(args, torch.bfloat16)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

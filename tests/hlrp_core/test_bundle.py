@@ -309,6 +309,16 @@ def test_the_weights_fix_the_codes(saved):
     assert other.latent_from_batch(fake_batch(other), mode=CODES).logits is None
 
 
+def test_settings_that_are_not_the_saved_ones_are_told(saved, caplog):
+    config = config_from_dict(read_manifest(saved)["backend"])
+    with caplog.at_level("INFO"):
+        build_saved_backend(saved, config=config)
+        assert "Settings other" not in caplog.text
+        changed = replace(config, decoding="generate", prompt=replace(config.prompt, system="Be brief."))
+        build_saved_backend(saved, config=changed)
+    assert "decoding='generate' (there 'constrained'); prompt.system='Be brief.' (there '')" in caplog.text
+
+
 def test_a_new_action_head_on_old_weights_starts_fresh_and_is_listed(make_tiny_backend, tmp_path, caplog):
     backend = scramble(make_tiny_backend("qwen_chat"))
     save_pretrained(backend, tmp_path / "codes")

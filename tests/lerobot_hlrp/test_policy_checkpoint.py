@@ -229,6 +229,11 @@ def test_real_time_chunking_follows_the_old_chunk(enabled, make_tiny_policy, mak
     assert bool(nearer) == enabled
     assert torch.equal(guided, plain) != enabled
     assert torch.equal(policy.predict_action_chunk(batch, noise=noise), plain)  # the first chunk has none before it
+    padded = torch.cat([left_over, torch.zeros(7, 2)])  # by LeRobot, to an execution horizon beyond the chunk
+    with torch.inference_mode():
+        also = policy.predict_action_chunk(batch, noise=noise, inference_delay=1, prev_chunk_left_over=padded)
+    assert also.shape == guided.shape
+    assert torch.equal(also[:, 0], guided[:, 0])
 
 
 # -- adapters -------------------------------------------------------------------------------------------------------

@@ -116,6 +116,8 @@ def test_flags_reach_nested_settings():
         ({"action_head": "flows"}, ["action_head", "mlp, flow, prefix_flow"]),
         ({"dtype": "int8"}, ["dtype", "bfloat16"]),
         ({"action_head": "mlp", "laq_weights": "a"}, ["laq_weights", "action_head=laq", "action_head=mlp"]),
+        ({"use_amp": True}, ["use_amp", "--policy.dtype=bfloat16"]),
+        ({"freeze_backbone": True}, ["freeze_backbone", "mode=codes", "--policy.train_vocabulary=code_rows"]),
         ({"codes": "a", "laq": "b"}, ["--policy.codes", "--policy.laq", "a and b"]),
         ({"action_episodes": [0], "action_episode_share": 0.5}, ["action_episode_share", "one of them"]),
         ({"action_episode_share": 0.0}, ["action_episode_share", "above 0"]),
@@ -129,6 +131,12 @@ def test_settings_that_cannot_be_are_refused(settings, words):
         HLRPQwenConfig(**settings)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_frozen_backbone_is_for_what_learns_beside_it():
+    HLRPQwenConfig(freeze_backbone=True, train_vocabulary="code_rows")
+    HLRPQwenConfig(freeze_backbone=True, prompting="plain", code_head="latent")
+    HLRPQwenConfig(freeze_backbone=True, mode="actions", action_head="prefix_flow")
 
 
 @pytest.mark.parametrize(
