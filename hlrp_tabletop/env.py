@@ -125,7 +125,10 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
         scene, task = self.scene, self.episode_task
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (2,) or not np.isfinite(action).all():
-            raise ValueError(f"action: expected 2 finite numbers in [-1, 1], got {action}.")
+            raise ValueError(
+                f"action: expected 2 finite numbers in [-1, 1], got {action}. Next step: Pass one action, of shape "
+                "(2,), and look for NaN in what predicts it."
+            )
         delta = np.clip(action, -1.0, 1.0) * MAX_STEP
         if self.tier == "reach":
             scene.gripper = move_over(scene.gripper, delta)

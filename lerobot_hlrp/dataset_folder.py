@@ -7,22 +7,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hlrp_core.expectation import expect
+from hlrp_core.expectation import expect, expect_choice
 from lerobot_hlrp.hub_folder import HUB_ERRORS, describe_hub_error
 
 if TYPE_CHECKING:
     from lerobot.configs.default import DatasetConfig
     from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 
+# Those that LeRobot decodes with; an unknown one it would name with the first frame only.
+VIDEO_BACKENDS = ("torchcodec", "pyav", "video_reader")
+
 
 def load_metadata(dataset: DatasetConfig) -> LeRobotDatasetMetadata:
     """Metadata of the dataset, which has the episodes that the flags name.
 
     Raises:
-        ValueError: no dataset there, or not these episodes in it.
+        ValueError: no dataset there, or not these episodes in it, or the flags ask to stream it.
     """
     from lerobot.datasets import LeRobotDatasetMetadata
 
+    expect(
+        not dataset.streaming,
+        "dataset.streaming",
+        "a dataset on disk, of which samples are drawn in any order",
+        "streaming=true",
+        "Leave --dataset.streaming out.",
+    )
     with _readable_errors(dataset):
         meta = LeRobotDatasetMetadata(dataset.repo_id, root=dataset.root, revision=dataset.revision)
     if dataset.episodes is not None:
@@ -44,7 +54,7 @@ def load_whole_dataset(dataset: DatasetConfig, *, purpose: str) -> LeRobotDatase
         purpose: what is made from them, for the message.
 
     Raises:
-        ValueError: no dataset there, or the flags name a part of it or ask to stream it.
+        ValueError: no dataset there, or the flags name a part of it, ask to stream it or to change its frames.
     """
     from lerobot.datasets import LeRobotDataset
 
@@ -57,8 +67,18 @@ def load_whole_dataset(dataset: DatasetConfig, *, purpose: str) -> LeRobotDatase
             value,
             f"Leave --dataset.{name} out.",
         )
+    expect(
+        not dataset.image_transforms.enable,
+        "dataset.image_transforms",
+        f"none, as {purpose} is made from the frames as they are",
+        "enable=true",
+        "Leave --dataset.image_transforms.enable out.",
+    )
+    expect_choice("dataset.video_backend", dataset.video_backend, VIDEO_BACKENDS)
     with _readable_errors(dataset):
-        return LeRobotDataset(dataset.repo_id, root=dataset.root, revision=dataset.revision)
+        return LeRobotDataset(
+            dataset.repo_id, root=dataset.root, revision=dataset.revision, video_backend=dataset.video_backend
+        )
 
 
 @contextmanager

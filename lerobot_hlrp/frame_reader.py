@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from lerobot.utils.constants import ACTION
-from lerobot.utils.import_utils import get_safe_default_video_backend
 from PIL import Image
 
 from hlrp_core.expectation import expect
@@ -64,8 +63,7 @@ class EpisodeFrames:
         self.first_rows: list[int] = episodes["dataset_from_index"][:]
         self.lengths: list[int] = episodes["length"][:]
         if self.is_video:
-            # Once: LeRobot's own default is looked for in every call, with pages of warnings where FFmpeg is missing.
-            self._video_backend = get_safe_default_video_backend()
+            self._video_backend = dataset._video_backend  # as the user named it, or LeRobot's default
             self._start_times: list[float] = episodes[f"videos/{camera}/from_timestamp"][:]
         else:
             self._images = dataset.hf_dataset.data.column(camera)

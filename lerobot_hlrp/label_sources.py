@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+from lerobot.utils.constants import OBS_PREFIX
 from torch import Tensor
 
 from hlrp_core.expectation import expect
@@ -116,7 +118,7 @@ class OnlineLabels:
         self.laq = laq.eval().requires_grad_(False)
         self.camera = camera
         self.title = f"LAQ {name}"
-        self.laq_id = Path(name).name if Path(name).is_dir() else name
+        self.laq_id = name_laq(name)
         frame_gap = frame_gap or laq.frame_gap
         self.facts = {**_facts(laq, laq.weights_hash()), "frame_gap": frame_gap}
         self.num_frames = laq.config.num_frames
@@ -135,9 +137,40 @@ class OnlineLabels:
             f"{frames.shape[1]}",
             "Build the dataset with the policy's observation_delta_indices, as lerobot-train does.",
         )
+        is_pad = read_padding(batch, self.camera, size=frames.shape[:2])
         codes, valid = self.laq.to(frames.device).provide_codes(frames=frames)
-        is_pad = batch.get(f"{self.camera}_is_pad")
-        return codes, valid if is_pad is None else valid & ~is_pad.any(1).to(frames.device)
+        return codes, valid & ~is_pad.any(1).to(frames.device)
+
+
+def name_laq(laq: str) -> str:
+    """What labels call a LAQ: its id on the Hub, or the name of its folder, which may lie elsewhere tomorrow."""
+    return Path(laq).name if Path(laq).is_dir() else laq
+
+
+def read_padding(batch: Batch, camera: str, *, size: Sequence[int]) -> Tensor:
+    """Which frames of a camera are past the end of the episode, `[B, T]` bool.
+
+    LeRobot's `--rename_map` renames a camera and leaves the name of its padding. It gives all observations the same
+    frames, so that the others' paddings tell it as well.
+
+    Args:
+        size: (B, T).
+
+    Raises:
+        ValueError: the batch does not tell; without it pairs that cross the end of an episode would supervise.
+    """
+    if (own := batch.get(f"{camera}_is_pad")) is not None:
+        return own
+    names = [key for key in batch if key.startswith(OBS_PREFIX) and key.endswith("_is_pad")]
+    paddings = [batch[name] for name in names if tuple(batch[name].shape) == tuple(size)]
+    expect(
+        bool(paddings) and all(torch.equal(padding, paddings[0]) for padding in paddings),
+        f"{camera}_is_pad",
+        f"{list(size)} bool in the batch, or of other observations that agree",
+        f"{', '.join(names)}, which do not" if paddings else ", ".join(names) or "no padding at all",
+        "Pass batches of a LeRobotDataset with delta_timestamps, as lerobot-train does.",
+    )
+    return paddings[0]
 
 
 def _facts(source: CodeProvider, laq_hash: str) -> dict[str, Any]:

@@ -9,47 +9,61 @@ Shape legend: n frames of a piece, T frames of a tuple, Δ the frames between tw
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from hlrp_core.laq.code_table import CodeTable, CodeTableHeader
 from hlrp_core.laq.pairs import tuple_starts
 from hlrp_core.laq.quantizer import LatentActionQuantizer
-from hlrp_core.run_folder import StopRequest, read_json, write_json
+from hlrp_core.run_folder import StopRequest
 from lerobot_hlrp.fingerprint import dataset_fingerprint
 from lerobot_hlrp.frame_reader import EpisodeFrames
 
 if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDataset
 
+logger = logging.getLogger(__name__)
+
 
 class PartialTable:
     """The codes of a labelling run so far, on disk beside the output; a rerun continues with them.
 
+    One file holds them, what they are of and how far they go: a kill never leaves the codes of one run as another's.
+
     Args:
-        output: the table to be; the partial files have its name with a suffix.
+        output: the table to be; the partial file has its name with a suffix.
         identity: what must be equal to continue.
         shape: `(N, S)`.
     """
 
     def __init__(self, output: Path, identity: str, shape: tuple[int, int]):
-        self.tensors_path = output.with_name(f".{output.name}.partial")
-        self.progress_path = output.with_name(f".{output.name}.partial.json")
+        self.path = output.with_name(f".{output.name}.partial")
+        self.scratch = self.path.with_name(f"{self.path.name}.tmp")
         self.identity = identity
         self.codes = torch.zeros(shape, dtype=torch.int32)
         self.valid = torch.zeros(shape[0], dtype=torch.bool)
         self.num_frames = 0  # the first so many are done
-        if self.progress_path.is_file() and read_json(self.progress_path)["identity"] == identity:
-            tensors = load_file(self.tensors_path)
-            self.codes, self.valid = tensors["codes"], tensors["valid"]
-            self.num_frames = read_json(self.progress_path)["frames"]
+        if self.path.is_file():
+            self._continue()
+
+    def _continue(self) -> None:
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("identity") == self.identity:
+                    self.codes, self.valid = file.get_tensor("codes"), file.get_tensor("valid")
+                    self.num_frames = int(metadata["frames"])
+        except (SafetensorError, OSError) as error:  # OSError: an empty file cannot be mapped
+            logger.warning("Labelling begins anew: %s is damaged (%s)", self.path, error)
 
     def add(self, codes: Tensor, *, first_row: int) -> None:
         """Take the codes `[m, S]` of consecutive rows."""
@@ -58,14 +72,13 @@ class PartialTable:
         self.num_frames = rows.stop
 
     def save(self) -> None:
-        scratch = self.tensors_path.with_name(f"{self.tensors_path.name}.tmp")
-        save_file({"codes": self.codes, "valid": self.valid}, scratch)
-        # The tensors first: a kill in between repeats some frames, with equal codes.
-        scratch.replace(self.tensors_path)
-        write_json(self.progress_path, {"identity": self.identity, "frames": self.num_frames})
+        """Write the file under a temporary name, then rename it."""
+        metadata = {"identity": self.identity, "frames": str(self.num_frames)}
+        save_file({"codes": self.codes, "valid": self.valid}, self.scratch, metadata=metadata)
+        self.scratch.replace(self.path)
 
     def delete(self) -> None:
-        for path in (self.tensors_path, self.progress_path):
+        for path in (self.path, self.scratch):
             path.unlink(missing_ok=True)
 
 
@@ -98,7 +111,8 @@ def label_dataset(
     frame_gap = frame_gap or laq.frame_gap
     tuple_starts(source.lengths, frame_gap=frame_gap, num_frames=laq.config.num_frames)  # fails on too large a gap
     fingerprint, laq_hash = dataset_fingerprint(meta), laq.weights_hash()
-    identity = hashlib.sha256(f"{fingerprint}{laq_hash}{camera}{frame_gap}".encode()).hexdigest()
+    # apart, or else `cam1` with a gap of 2 would be `cam` with one of 12
+    identity = hashlib.sha256("\n".join([fingerprint, laq_hash, camera, str(frame_gap)]).encode()).hexdigest()
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = PartialTable(output, identity, (meta.total_frames, laq.code_seq_len))
     span = frame_gap * (laq.config.num_frames - 1)

@@ -139,7 +139,7 @@ def open_reader(policy: HLRPPolicy, settings: MixedDataset, meta: LeRobotDataset
     from lerobot_hlrp.batch import BatchReader
     from lerobot_hlrp.label_sources import open_label_source
 
-    config = copy.deepcopy(policy.config)
+    config = copy.copy(policy.config)  # no deep one: LeRobot keeps all that it knows of the first dataset in there
     of_the_first = ("codebook_size", "code_seq_len", "laq_id", "laq_hash", "frame_gap", "frame_gap_s", "label_span")
     for name in of_the_first:  # adopted from this dataset's labels; `check_labels` compares them
         setattr(config, name, None)

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+
+logger = logging.getLogger(__name__)
 
 
 def import_after(trigger: str, follower: str) -> None:
@@ -44,7 +47,13 @@ class _ImportAfter(MetaPathFinder):
 
         def load_both(module: ModuleType) -> None:
             load(module)
-            importlib.import_module(self.follower)
+            try:
+                importlib.import_module(self.follower)
+            except Exception as error:
+                # As LeRobot does with a plugin that fails: its commands need its own module, and most not ours.
+                cause = f"{type(error).__name__}: {error}"
+                logger.error("Could not import %s; LeRobot will not know what it registers. %s", self.follower, cause)
+                logger.debug("Where it failed:", exc_info=True)
 
         spec.loader.exec_module = load_both  # type: ignore[method-assign]
         return spec

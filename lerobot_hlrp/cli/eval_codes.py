@@ -34,7 +34,7 @@ class SavedPolicy:
     path: str
     # By default as in the checkpoint.
     device: str | None = None
-    # `constrained`, `generate` or `free`. By default as in the checkpoint.
+    # Of token backends: `constrained`, `generate` or `free`. By default as in the checkpoint.
     decoding: str | None = None
 
 
@@ -143,12 +143,13 @@ def evaluate(command: EvalCodesCommand) -> dict[str, Any]:
     figures = {
         **evaluation.as_dict(),
         "policy": command.policy.path,
-        "decoding": config.decoding,
         "labels": command.codes or command.laq,
         "dataset": command.dataset.repo_id,
         "is_held_out": held_out is not None,
         "episodes": [int(e) for e in measured.episodes] if measured.episodes is not None else None,
     }
+    if config.code_head == "tokens":  # the other heads decode nothing
+        figures["decoding"] = config.decoding
     _report(evaluation, figures, command.dataset)
     if command.output is not None:
         command.output.parent.mkdir(parents=True, exist_ok=True)

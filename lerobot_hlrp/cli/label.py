@@ -52,6 +52,7 @@ def label(command: LabelCommand) -> int:
     from lerobot_hlrp.frame_gap import frames_apart
     from lerobot_hlrp.frame_reader import choose_camera
     from lerobot_hlrp.hub_folder import fetch_laq
+    from lerobot_hlrp.label_sources import name_laq
     from lerobot_hlrp.labelling import label_dataset
 
     device = choose_device(command.device)
@@ -67,7 +68,7 @@ def label(command: LabelCommand) -> int:
         laq,
         dataset,
         camera=camera,
-        laq_id=Path(command.laq).name if Path(command.laq).is_dir() else command.laq,
+        laq_id=name_laq(command.laq),
         output=command.output,
         frame_gap=frame_gap,
         batch_size=command.batch_size,

@@ -1,4 +1,7 @@
-"""Where a segment's frames wait to be written: as PNG bytes for the data file, or as PNG files for the encoder."""
+"""Where a segment's frames wait to be written: as PNG bytes for the data file, or as PNG files for the encoder.
+
+Both take frames (H, W, 3) uint8 with their number in the episode.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import io
 import os
 import shutil
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import PIL.Image
@@ -15,16 +17,6 @@ from lerobot.datasets.video_utils import encode_video_frames
 
 # LeRobot's own levels: images stay in the dataset, a video's frames are read once and deleted.
 _IMAGE_COMPRESSION, _VIDEO_COMPRESSION = 6, 1
-
-
-class ImageStore(Protocol):
-    """Frames of the open segment. `add` takes (H, W, 3) uint8 and the frame's number in its episode."""
-
-    num_bytes: int
-
-    def add(self, image: np.ndarray, frame_index: int) -> None: ...
-
-    def clear(self) -> None: ...
 
 
 class PngColumn:

@@ -41,20 +41,26 @@ class Manifest:
 
     @classmethod
     def load(cls, root: Path) -> Manifest:
-        """Raises ValueError if the folder is no recording, or one of another version."""
+        """Raises ValueError if the folder is no recording, or one of another version, or its manifest is damaged."""
         path = root / MANIFEST_PATH
         if not path.is_file():
             raise ValueError(
                 f"--dataset.root={root}: expected a new folder, or one that hlrp-record began; got a folder without "
                 f"{MANIFEST_PATH}. Next step: Choose another folder, or delete this one."
             )
-        content = json.loads(path.read_text())
-        version = content.pop("schema_version", None)
+        try:
+            content = json.loads(path.read_text())
+            version = content.pop("schema_version", None)
+        except (ValueError, AttributeError, TypeError) as error:  # no text, no JSON, no object
+            raise _damaged(path, error) from error
         if version != SCHEMA_VERSION:
             raise ValueError(
                 f"{path}: expected schema version {SCHEMA_VERSION}, got {version}. Next step: Record it anew."
             )
-        return cls(**content)
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise _damaged(path, error) from error
 
     def require_settings(self, settings: dict[str, Any], root: Path) -> None:
         """Raises ValueError if the folder was recorded with other settings, and names them."""
@@ -67,3 +73,10 @@ class Manifest:
                 f"{root} was begun with other settings ({differences}). Next step: Repeat the command it was begun "
                 "with to go on, or choose another --dataset.root."
             )
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path}: expected the manifest of a recording, got a damaged file ({error}). Next step: Copy the dataset "
+        "anew, or record into another --dataset.root."
+    )

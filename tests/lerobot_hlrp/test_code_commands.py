@@ -103,6 +103,8 @@ def test_every_backend_of_the_registry(name, tiny_backbone, tiny_videos, code_ta
     assert config.name == name
     assert (config.latent_pooling == "query") == ("latent_head" in name)
     assert config.image_splitting == (name in ("smol_chat", "smol_plain"))
+    figures = evaluate(tiny_videos, folder, f"--codes={table}", "--max_samples=2")
+    assert figures.get("decoding") == (None if "latent_head" in name or "vector_head" in name else "constrained")
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "loss" in r] == [1, 2]
     assert records[-1]["evaluation"]["num_samples"] == (14 - 3) + (10 - 3)
@@ -224,6 +226,7 @@ def test_data_labels_and_places_that_are_not_there(tiny_qwen, tiny_dataset, code
     for root, output, flags, text in (
         (tmp_path / "nowhere", "run", usual, r"dataset\.root: expected .*nowhere, which is no folder"),
         (tiny_dataset, "run", [*usual, "--dataset.episodes=[7]"], r"dataset\.episodes: expected some of 0 to 3.*got 7"),
+        (tiny_dataset, "run", [*usual, "--dataset.streaming=true"], r"dataset\.streaming: expected a dataset on disk"),
         (tiny_dataset, "run", [usual[0], "--laq=outputs/laq"], "laq: expected .*got outputs/laq, which is no folder"),
         (tiny_dataset, "run", [usual[0], "--laq=/nowhere"], "laq: expected .*got /nowhere, which is no folder"),
         (tiny_dataset, "file", usual, "output_dir: expected a folder.*got the file"),
@@ -358,6 +361,7 @@ def test_errors_of_evaluation(trained, tiny_videos, tiny_dataset, code_table, tm
         (trained, ["--policy.device=cudaa"], "device: expected one of this machine's"),
         (trained, [f"--output={tmp_path}"], "output: expected the path of a file"),
         (trained, ["--dataset.episodes=[9]"], r"dataset\.episodes: expected some of 0 to 3"),
+        (trained, ["--dataset.streaming=true"], r"dataset\.streaming: expected a dataset on disk"),
     ):
         with pytest.raises(ValueError, match=text) as error:
             evaluate(tiny_videos, path, labels, *flags)

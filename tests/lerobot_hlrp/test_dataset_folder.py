@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from lerobot.configs.default import DatasetConfig
+from lerobot.transforms import ImageTransformsConfig
 
 from lerobot_hlrp.dataset_folder import load_metadata, load_whole_dataset
 
@@ -47,3 +48,20 @@ def test_episodes_that_are_not_there(episodes, got, tiny_dataset):
 
 def test_episodes_that_are_there(tiny_dataset):
     assert load_metadata(DatasetConfig("test/tiny", root=str(tiny_dataset), episodes=[0, 3])).total_episodes == 4
+
+
+def test_streaming_is_refused(tiny_dataset):
+    with pytest.raises(ValueError, match=r"dataset\.streaming: expected a dataset on disk.*streaming=true\. Next step"):
+        load_metadata(DatasetConfig("test/tiny", root=str(tiny_dataset), streaming=True))
+
+
+def test_a_whole_dataset_takes_the_video_backend_and_no_transforms(tiny_videos):
+    def load(**settings):
+        return load_whole_dataset(DatasetConfig("test/tiny", root=str(tiny_videos), **settings), purpose="a test")
+
+    for name in ("torchcodec", "pyav"):
+        assert load(video_backend=name)._video_backend == name
+    with pytest.raises(ValueError, match=r"dataset\.video_backend: expected one of torchcodec, pyav.*'pyaw'.*'pyav'\?"):
+        load(video_backend="pyaw")
+    with pytest.raises(ValueError, match=r"dataset\.image_transforms: expected none, as a test .*Next step"):
+        load(image_transforms=ImageTransformsConfig(enable=True))

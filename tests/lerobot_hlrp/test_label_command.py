@@ -7,14 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from lerobot.configs.default import DatasetConfig
-from lerobot.datasets import LeRobotDataset
+from lerobot.datasets import LeRobotDataset, video_utils
 
 from hlrp_core.laq.code_table import CodeTable
 from lerobot_hlrp import labelling
 from lerobot_hlrp.cli.command import run_command
 from lerobot_hlrp.cli.label import LabelCommand, label
 from lerobot_hlrp.frame_reader import choose_camera, read_actions
+from lerobot_hlrp.label_sources import name_laq
+from lerobot_hlrp.labelling import PartialTable
 
 
 def make_command(root: Path, laq: Path | str, output: Path, *, device: str = "cpu", **settings) -> LabelCommand:
@@ -71,6 +74,51 @@ def test_an_old_table_is_replaced(tiny_dataset, tiny_laq, tmp_path):
     assert CodeTable.load(tmp_path / "codes").valid.any()
 
 
+@pytest.mark.parametrize("is_renamed", [False, True])
+def test_a_kill_while_saving_leaves_the_codes_of_one_run(is_renamed, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def run(identity: str, code: int, num_frames: int) -> PartialTable:
+        partial = PartialTable(tmp_path / "codes", identity, (6, 2))
+        if partial.num_frames == 0:
+            partial.add(torch.full((num_frames, 2), code, dtype=torch.int32), first_row=0)
+        return partial
+
+    def killing(path: Path, target: Path) -> None:
+        if is_renamed:
+            rename(path, target)
+        raise Killed
+
+    run("one", 1, 2).save()
+    rename = Path.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killing)
+        with pytest.raises(Killed):
+            run("other", 2, 4).save()
+    for identity, code, num_frames in (("one", 1, 2), ("other", 2, 4)):
+        found = PartialTable(tmp_path / "codes", identity, (6, 2))
+        assert found.num_frames == (num_frames if is_renamed == (identity == "other") else 0)
+        assert found.codes[: found.num_frames].eq(code).all()
+        assert int(found.valid.sum()) == found.num_frames
+    found.delete()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"half a file"])
+def test_a_damaged_partial_table_is_begun_anew(content, tiny_dataset, tiny_laq, tmp_path, caplog):
+    (tmp_path / ".codes.partial").write_bytes(content)
+    assert label(make_command(tiny_dataset, tiny_laq, tmp_path / "codes")) == 0
+    assert "Labelling begins anew" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["codes"]
+
+
+def test_a_table_names_a_laq_by_its_folder(tiny_dataset, tiny_laq, tmp_path):
+    assert label(make_command(tiny_dataset, tiny_laq, tmp_path / "codes")) == 0
+    assert CodeTable.load(tmp_path / "codes").header.laq_id == "tiny-laq"
+    assert name_laq("user/laq") == "user/laq"
+
+
 def test_bad_numbers_and_devices_are_refused_at_once(no_work, tiny_dataset, tiny_laq, tmp_path):
     with pytest.raises(ValueError, match=r"batch_size: expected 1 or more, got 0\. Next step"):
         make_command(tiny_dataset, tiny_laq, tmp_path / "codes", batch_size=0)
@@ -119,3 +167,16 @@ def test_cameras_are_called_as_in_a_policy(make_dataset, tabletop_dataset, tiny_
     assert choose_camera(meta, "left.wrist") == choose_camera(meta, "wrist") == cameras[0]
     with pytest.raises(ValueError, match=r"camera: .*left\.wrist, observation\.images\.top.*Set --camera, for example"):
         choose_camera(meta, None)
+
+
+@pytest.mark.parametrize("name", ["torchcodec", "video_reader"])
+def test_the_video_backend_decodes(name, tiny_videos, tiny_laq, tmp_path, monkeypatch):
+    seen, decode = set(), video_utils.decode_video_frames
+
+    def note(*args, backend, **settings):
+        seen.add(backend)
+        return decode(*args, backend="pyav", **settings)
+
+    monkeypatch.setattr(video_utils, "decode_video_frames", note)
+    assert label(make_command(tiny_videos, tiny_laq, tmp_path / "codes", video_backend=name)) == 0
+    assert seen == {name}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from lerobot.datasets import LeRobotDatasetMetadata
 
 from hlrp_core.bundle import load_backend, read_manifest
 from hlrp_core.laq.code_table import CodeTable
@@ -156,6 +157,18 @@ def test_samples_are_those_of_the_datasets_by_weight(tiny_qwen, entries, tmp_pat
         valid = table.valid.clone()
         valid[21:] = False  # held out
         assert seen == sorted(tuple(row) for row in table.codes[valid].tolist())
+
+
+def test_no_dataset_is_copied_with_the_settings(tiny_qwen, entries, tmp_path, monkeypatch):
+    def refuse(self, memo):
+        raise AssertionError("LeRobot keeps a dataset's notes in the settings, with a row for each of its episodes")
+
+    monkeypatch.setattr(LeRobotDatasetMetadata, "__deepcopy__", refuse, raising=False)
+    policy, datasets = open_datasets(tiny_qwen, tmp_path / "run", entries)
+    configs = [dataset.reader.config for dataset in datasets]
+    assert configs[0] is policy.config
+    assert [config.camera.rsplit(".")[-1] for config in configs] == ["top", "front"]
+    assert [list(config.image_features) for config in configs] == [[config.camera] for config in configs]
 
 
 def test_a_laq_labels_every_dataset_at_its_own_frame_rate(tiny_qwen, entries, tiny_laq, tmp_path):

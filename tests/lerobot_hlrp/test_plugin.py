@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+from lerobot_hlrp.registration import import_after
 
 # Runs in a fresh process: what a LeRobot command does, with a stopwatch.
 PROBE = """
@@ -58,3 +65,22 @@ def test_the_module_that_lerobot_looks_for_imports_the_package():
     import lerobot_policy_hlrp
 
     assert lerobot_policy_hlrp.lerobot_hlrp.__name__ == "lerobot_hlrp"
+
+
+def test_a_module_that_fails_does_not_break_the_one_it_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "hlrp_test_theirs.py").write_text("value = 1")
+    (tmp_path / "hlrp_test_ours.py").write_text("import hlrp_test_not_installed")
+    monkeypatch.syspath_prepend(tmp_path)
+    import_after("hlrp_test_theirs", "hlrp_test_ours")
+    with caplog.at_level(logging.DEBUG):
+        assert importlib.import_module("hlrp_test_theirs").value == 1
+    assert not {"hlrp_test_ours", "hlrp_test_not_installed"} & set(sys.modules)
+    error, traceback = caplog.records
+    assert error.levelno == logging.ERROR
+    assert "hlrp_test_ours" in error.getMessage()
+    assert "ModuleNotFoundError: No module named 'hlrp_test_not_installed'" in error.getMessage()
+    assert traceback.levelno == logging.DEBUG
+    assert traceback.exc_info
+    monkeypatch.delitem(sys.modules, "hlrp_test_theirs")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from lerobot.datasets import LeRobotDatasetMetadata
+from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
+from lerobot.processor import PolicyProcessorPipeline, RenameObservationsProcessorStep
+from torch.utils.data import default_collate
 
 from hlrp_core.contract import BackendMode
 from hlrp_core.laq.quantizer import LatentActionQuantizer
 from lerobot_hlrp.configuration_hlrp_qwen import HLRPQwenConfig
-from lerobot_hlrp.label_sources import OnlineLabels, open_label_source
+from lerobot_hlrp.label_sources import OnlineLabels, open_label_source, read_padding
 
 CAMERA = "observation.images.top"
 
@@ -22,10 +25,16 @@ def online(tiny_laq: Path) -> OnlineLabels:
     return OnlineLabels(LatentActionQuantizer.from_pretrained(tiny_laq), "user/laq", CAMERA)
 
 
-def test_the_teacher_sees_later_frames_and_the_student_does_not(online, make_tiny_policy, make_lerobot_batch):
+@pytest.fixture
+def make_pairs(make_lerobot_batch) -> Callable[[], dict]:
+    """A batch of three pairs of frames, none of which crosses the end of its episode."""
+    return lambda: {**make_lerobot_batch(num_frames=2), f"{CAMERA}_is_pad": torch.zeros(3, 2, dtype=torch.bool)}
+
+
+def test_the_teacher_sees_later_frames_and_the_student_does_not(online, make_tiny_policy, make_pairs):
     """The leakage test at the policy: frame t+gap changes the labels and nothing that the student sees."""
     policy = make_tiny_policy(mode="codes", labels=online).eval()
-    one, other = make_lerobot_batch(num_frames=2), make_lerobot_batch(num_frames=2)
+    one, other = make_pairs(), make_pairs()
     other[CAMERA][:, 1] = 0.0
     a, b = policy.reader.read_training(one), policy.reader.read_training(other)
     assert not torch.equal(a.target_codes, b.target_codes)
@@ -43,12 +52,42 @@ def test_the_teacher_sees_later_frames_and_the_student_does_not(online, make_tin
     assert torch.equal(images_a.tensors["pixel_values"], images_b.tensors["pixel_values"])
 
 
-def test_pairs_that_cross_the_end_of_an_episode_do_not_supervise(online, make_tiny_policy, make_lerobot_batch):
+def test_pairs_that_cross_the_end_of_an_episode_do_not_supervise(online, make_tiny_policy, make_pairs):
     policy = make_tiny_policy(mode="codes", labels=online).eval()
-    batch = make_lerobot_batch(num_frames=2)
+    batch = make_pairs()
     batch[f"{CAMERA}_is_pad"] = torch.tensor([[False, False], [False, True], [False, False]])
     assert policy.reader.read_training(batch).codes_valid.tolist() == [True, False, True]
     assert policy(batch, reduction="none")[0][1] == 0
+
+
+def test_a_renamed_camera_keeps_its_padding(online, make_dataset, tmp_path):
+    """LeRobot renames the camera alone, and not what tells where its episodes end."""
+    front, side = (f"observation.images.{name}" for name in ("front", "side"))
+    root = make_dataset(tmp_path / "data", cameras=(front, side))
+    gaps = {key: [0, 0.3] for key in (front, side, "observation.state")}
+    dataset = LeRobotDataset("test/tiny", root=root, delta_timestamps={**gaps, "action": [0, 0.1]})
+    batch = default_collate([dataset[index] for index in (7, 8, 9, 11)])  # the first episode has 12 frames
+    rename = PolicyProcessorPipeline([RenameObservationsProcessorStep({front: CAMERA})])
+    renamed = rename(batch)
+    assert f"{CAMERA}_is_pad" not in renamed
+    frames = (renamed[CAMERA] * 255).round().to(torch.uint8).movedim(-3, -1)
+    assert online.label(renamed, frames)[1].tolist() == [True, True, False, False]
+
+
+def test_padding_that_is_not_told_is_refused():
+    pad, none = torch.tensor([[False, True]]), torch.zeros(1, 2, dtype=torch.bool)
+    others = {"observation.images.side_is_pad": pad, "observation.state_is_pad": pad}
+    strange = {"action_is_pad": none, "observation.images.map_is_pad": torch.zeros(1, 1, dtype=torch.bool)}
+    own = {**others, f"{CAMERA}_is_pad": none}
+    assert torch.equal(read_padding(own, CAMERA, size=(1, 2)), none)
+    assert torch.equal(read_padding({**others, **strange}, CAMERA, size=(1, 2)), pad)
+    for batch, got in (
+        (strange, r"got observation\.images\.map_is_pad"),
+        ({}, "got no padding at all"),
+        ({**others, "observation.state_is_pad": none}, r"side_is_pad, observation\.state_is_pad, which do not"),
+    ):
+        with pytest.raises(ValueError, match=rf"top_is_pad: expected \[1, 2\] bool.*{got}\. Next step"):
+            read_padding(batch, CAMERA, size=(1, 2))
 
 
 def test_a_teacher_needs_the_pair(online, make_tiny_policy, make_lerobot_batch):
@@ -57,9 +96,9 @@ def test_a_teacher_needs_the_pair(online, make_tiny_policy, make_lerobot_batch):
         policy(make_lerobot_batch())
 
 
-def test_a_teacher_is_neither_trained_nor_saved(online, tmp_path, make_tiny_policy, make_lerobot_batch):
+def test_a_teacher_is_neither_trained_nor_saved(online, tmp_path, make_tiny_policy, make_pairs):
     policy = make_tiny_policy(mode="codes", labels=online).train()
-    policy(make_lerobot_batch(num_frames=2))[0].backward()
+    policy(make_pairs())[0].backward()
     assert all(parameter.grad is None for parameter in online.laq.parameters())
     assert not online.laq.training
     assert len(policy.state_dict()) == len(make_tiny_policy(mode="codes").state_dict())

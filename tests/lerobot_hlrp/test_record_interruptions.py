@@ -14,7 +14,7 @@ from recording_helpers import assert_same_dataset, load, make_plan
 
 from hlrp_tabletop import TabletopEnv
 from lerobot_hlrp.recording import session
-from lerobot_hlrp.recording.manifest import Manifest
+from lerobot_hlrp.recording.manifest import MANIFEST_PATH, Manifest
 from lerobot_hlrp.recording.segment_writer import SegmentWriter
 from lerobot_hlrp.recording.session import record
 
@@ -166,3 +166,15 @@ def test_a_finished_recording_is_left_alone(tmp_path: Path):
     _, is_complete = record(plan, source)
     assert is_complete
     assert times == {path: path.stat().st_mtime_ns for path in plan.root.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", "\xff", '{"schema_version": 1}', '{"schema_version": 1, "new": 2}']
+)
+def test_a_damaged_manifest_is_named(content: str, tmp_path: Path):
+    plan, source = make_plan(tmp_path / "data", episodes=1)
+    path = plan.root / MANIFEST_PATH
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"hlrp_recording\.json: expected the manifest.*damaged file.*Next step"):
+        record(plan, source)
