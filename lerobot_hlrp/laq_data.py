@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,12 +88,13 @@ class TuplePlan:
         dataset: all of it.
         config: of the LAQ.
         eval_share: of the episodes, the last ones.
+        probe: what it predicts, one of `MOTIONS`.
 
     Raises:
         ValueError: one side has no episode, or none that is longer than the gap.
     """
 
-    def __init__(self, dataset: LeRobotDataset, config: LAQConfig, *, eval_share: float):
+    def __init__(self, dataset: LeRobotDataset, config: LAQConfig, *, eval_share: float, probe: str = "sum"):
         self.config = config
         lengths = dataset.meta.episodes["length"][:]
         starts = tuple_starts(lengths, frame_gap=config.frame_gap, num_frames=config.num_frames)
@@ -106,7 +108,7 @@ class TuplePlan:
                 config.frame_gap,
                 "Use a smaller gap.",
             )
-        self.motions = self._measure_motions(read_actions(dataset))
+        self.motions = self._measure_motions(read_actions(dataset), MOTIONS[probe])
 
     def build(self, frames: np.ndarray) -> tuple[FrameTuples, FrameTuples]:
         """Training and held-out tuples of all frames `[N, R, R, 3]`."""
@@ -116,11 +118,13 @@ class TuplePlan:
             FrameTuples(frames, self.test_starts, gap, length, self.motions[1]),
         )
 
-    def _measure_motions(self, actions: np.ndarray | None) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def _measure_motions(
+        self, actions: np.ndarray | None, measure: Callable[[np.ndarray, int], np.ndarray]
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
         if actions is None:
             return None, None
-        sums = sum_over_gap(actions, self.config.frame_gap * (self.config.num_frames - 1))
-        train, test = sums[self.train_starts], sums[self.test_starts]
+        motions = measure(actions, self.config.frame_gap * (self.config.num_frames - 1))
+        train, test = motions[self.train_starts], motions[self.test_starts]
         num_unknown = int(np.isnan(np.concatenate([train, test])).any(1).sum())
         if num_unknown:
             num_all = len(train) + len(test)
@@ -144,3 +148,17 @@ def sum_over_gap(actions: np.ndarray, span: int) -> np.ndarray:
     # one NaN in a running sum would be in all that follow
     sums = sum_of(np.where(is_known, actions, 0))
     return np.where(sum_of(~is_known) > 0, np.nan, sums).astype(np.float32)
+
+
+def difference_over_gap(actions: np.ndarray, span: int) -> np.ndarray:
+    """`[N, A]`: the action `span` frames after each frame minus the frame's own; NaN past the data's end, or if one is
+    unknown."""
+    is_known = np.isfinite(actions).all(axis=1, keepdims=True)  # (N, 1)
+    known = np.where(is_known, actions, np.nan)
+    differences = np.full(actions.shape, np.nan, dtype=np.float32)
+    differences[:-span] = known[span:] - known[:-span]
+    return differences
+
+
+# What the action probe predicts, from the actions of each frame and the frames from the first of a tuple to its last.
+MOTIONS = {"sum": sum_over_gap, "difference": difference_over_gap}

@@ -107,9 +107,12 @@ def lerobot_train() -> Callable[..., Path]:
             usual += ["--policy.device=cpu", "--seed=7", "--policy.scheduler_warmup_steps=0", f"--output_dir={output}"]
             usual += ["--dataset.repo_id=test/tiny", f"--dataset.root={root}"]
         AcceleratorState._reset_state(reset_partial_state=True)  # of a run before, with another precision
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["lerobot-train", *usual, f"--steps={steps}", *flags])
-            train()
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", ["lerobot-train", *usual, f"--steps={steps}", *flags])
+                train()
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)  # for others in this process
         return output / "checkpoints" / "last" / "pretrained_model"
 
     return run

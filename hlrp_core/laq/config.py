@@ -5,8 +5,10 @@ The comment above a field is its help text on the command line.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
+
+from hlrp_core.expectation import expect, expect_at_least, expect_choice
 
 SCHEMA_VERSION = 1
 
@@ -15,6 +17,20 @@ TargetName = Literal["pixels", "features"]
 QUANTIZERS = ("fsq", "vq", "diveq")
 TARGETS = ("pixels", "features")
 MAX_LEVELS = 16  # of one dimension of a code
+
+_LEAST = {
+    "codebook_size": 2,
+    "code_seq_len": 1,
+    "frame_gap": 1,
+    "num_frames": 2,
+    "fsq_depth": 1,
+    "image_size": 1,
+    "patch_size": 2,
+    "hidden_dim": 8,
+    "num_layers": 1,
+    "code_dim": 1,
+    "motion_weight": 0,
+}
 
 
 @dataclass
@@ -61,43 +77,40 @@ class LAQConfig:
     def __post_init__(self) -> None:
         channels, size = self.feature_shape
         self.feature_shape = (channels, size)  # JSON knows no tuples
-        default = {field.name: field.default for field in fields(self)}
-        for name, least in (("codebook_size", 2), ("code_seq_len", 1), ("frame_gap", 1), ("num_frames", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"laq.{name}: expected {least} or more, got {getattr(self, name)}. Next step: use {default[name]}."
-                )
-        for name, choices in (("quantizer", QUANTIZERS), ("target", TARGETS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"laq.{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}. "
-                    f"Next step: use {choices[0]}."
-                )
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"laq.image_size: expected a multiple of patch_size={self.patch_size}, got {self.image_size}. "
-                f"Next step: use {self.image_size // self.patch_size * self.patch_size}."
-            )
-        if self.patch_size % 2 or self.hidden_dim % 8:
-            raise ValueError(
-                f"laq: expected an even patch_size and a hidden_dim that is a multiple of 8, got {self.patch_size} and "
-                f"{self.hidden_dim}. Next step: use patch_size=4 and hidden_dim=64."
-            )
-        if self.target == "features" and self.feature_encoder is None:
-            raise ValueError(
-                "laq.feature_encoder: expected the Hub id or folder of a frozen encoder for target='features', got "
-                "none. Next step: set it, for example to facebook/dinov2-small, or use target=pixels."
-            )
-        if self.schema_version != SCHEMA_VERSION:
-            raise ValueError(
-                f"laq: expected schema version {SCHEMA_VERSION}, got {self.schema_version}. "
-                "Next step: load it with the version of this package that saved it."
-            )
-        if self.fsq_depth < 1 or self.code_seq_len % self.fsq_depth:
-            raise ValueError(
-                f"laq.fsq_depth: expected a divisor of code_seq_len={self.code_seq_len}, got {self.fsq_depth}. "
-                "Next step: use 1 (every position has latents of its own)."
-            )
+        for name, least in _LEAST.items():
+            expect_at_least(f"laq.{name}", least, getattr(self, name))
+        expect_choice("laq.quantizer", self.quantizer, QUANTIZERS)
+        expect_choice("laq.target", self.target, TARGETS)
+        expect(self.patch_size % 2 == 0, "laq.patch_size", "an even number", self.patch_size, "Use 4.")
+        expect(
+            self.image_size % self.patch_size == 0,
+            "laq.image_size",
+            f"a multiple of patch_size={self.patch_size}",
+            self.image_size,
+            f"Use {max(self.image_size // self.patch_size, 1) * self.patch_size}.",
+        )
+        expect(self.hidden_dim % 8 == 0, "laq.hidden_dim", "a multiple of 8", self.hidden_dim, "Use 64.")
+        expect(
+            self.target != "features" or self.feature_encoder is not None,
+            "laq.feature_encoder",
+            "the Hub id or folder of a frozen encoder for target='features'",
+            "none",
+            "Set it, for example to facebook/dinov2-small, or use target=pixels.",
+        )
+        expect(
+            self.schema_version == SCHEMA_VERSION,
+            "laq",
+            f"schema version {SCHEMA_VERSION}",
+            self.schema_version,
+            "Load it with the version of this package that saved it.",
+        )
+        expect(
+            self.code_seq_len % self.fsq_depth == 0,
+            "laq.fsq_depth",
+            f"a divisor of code_seq_len={self.code_seq_len}",
+            self.fsq_depth,
+            "Use 1 (every position has latents of its own).",
+        )
         if self.quantizer == "fsq":
             fsq_levels(self.codebook_size)
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure  # without pyplot, whose backend is the caller's own: a notebook's, say
 
 from hlrp_core.laq.pairs import FrameTuples
 from hlrp_core.laq.quantizer import LatentActionQuantizer
@@ -48,9 +44,8 @@ def draw_reconstructions(laq: LatentActionQuantizer, tuples: FrameTuples, path: 
         ("true change", change(target)),
         ("decoded change", change(reconstruction)),
     ]
-    figure, axes = plt.subplots(
-        len(frames), len(columns), figsize=(1.7 * len(columns), 1.7 * len(frames)), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(1.7 * len(columns), 1.7 * len(frames)), layout="constrained")
+    axes = figure.subplots(len(frames), len(columns), squeeze=False)
     for column, (title, shown) in enumerate(columns):
         axes[0, column].set_title(title, fontsize=9)
         for row in range(len(frames)):
@@ -63,9 +58,8 @@ def draw_code_usage(counts: list[list[int]], path: Path) -> Path:
     """Share of each code, one panel a position."""
     shares = np.array(counts) / np.array(counts).sum(1, keepdims=True)
     num_positions, size = shares.shape
-    figure, axes = plt.subplots(
-        1, num_positions, figsize=(2.2 * num_positions, 2.2), sharey=True, squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(2.2 * num_positions, 2.2), layout="constrained")
+    axes = figure.subplots(1, num_positions, sharey=True, squeeze=False)
     for position, axis in enumerate(axes[0]):
         axis.bar(range(size), shares[position], color=BLUE)
         axis.axhline(1 / size, color=GREY, linewidth=1, ls="--")
@@ -84,7 +78,8 @@ def draw_action_probe(figures: dict[str, Any], path: Path) -> Path:
         "random weights": figures["action_probe_r2_random"],
         "shuffled codes": figures["action_probe_r2_shuffled"],
     }
-    figure, axis = plt.subplots(figsize=(4.4, 2.6), layout="constrained")
+    figure = Figure(figsize=(4.4, 2.6), layout="constrained")
+    axis = figure.subplots()
     bars = axis.bar(list(names), list(names.values()), color=[BLUE, GREY, GREY], width=0.6)
     axis.bar_label(bars, [f"{value:.2f}" for value in names.values()], fontsize=9)
     axis.set_ylabel("R² on held-out episodes", fontsize=9)
@@ -98,5 +93,4 @@ def draw_action_probe(figures: dict[str, Any], path: Path) -> Path:
 def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
     return path

@@ -20,8 +20,8 @@ class FrameTuples:
     starts: `[M]` positions of each tuple's frame t; the whole tuple lies in one episode.
     frame_gap: Δ.
     num_frames: T.
-    motion: `[M, A]` float, each tuple's actions summed over its frames, normalised; NaN where they are not known, and
-        None without actions.
+    motion: `[M, A]` float, what each tuple's actions do over its gap (their sum, say), normalised; NaN where they are
+        not known, and None without actions.
     """
 
     frames: np.ndarray

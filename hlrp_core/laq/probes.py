@@ -104,7 +104,7 @@ def action_probe_r2(
 
     Args:
         train_codes, test_codes: `[N, S]`.
-        train_motion, test_motion: `[N, A]`: each pair's actions summed over the gap, normalised.
+        train_motion, test_motion: `[N, A]`: what each pair's actions do over the gap, normalised.
 
     Returns:
         1 minus the residual's share of the variance, over all action dimensions; below 0 is worse than the mean.

@@ -21,11 +21,14 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from hlrp_core.expectation import expect
 from hlrp_core.laq.config import LAQConfig
 from hlrp_core.laq.networks import ChangeDecoder, PairEncoder
+from hlrp_core.laq.precision import in_float32
 from hlrp_core.laq.quantizers import make_quantizer
 from hlrp_core.laq.targets import FeatureTarget, with_feature_sizes
 
@@ -132,11 +135,15 @@ class LatentActionQuantizer(
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Measure the latents' mean and spread anew on batches of frames: running averages lag behind the weights. A
-        codebook that was learnt stays as it is."""
-        self.train()
-        with self.quantizer.calibrating():
-            for frames in batches:
-                self.quantizer(self._latents(self._embed(self.prepare(frames))))
+        codebook that was learnt stays as it is.
+
+        Latents are few numbers, and are measured all at once: an average over batches would depend on how pairs are
+        spread over these, and a small last one would count like a whole one.
+
+        Raises:
+            ValueError: no frames, or with `fsq` fewer than two transitions.
+        """
+        self.quantizer.calibrate(self._all_latents(batches))
         self.eval()
 
     def encode(self, frames: Tensor) -> Tensor:
@@ -172,13 +179,10 @@ class LatentActionQuantizer(
     def encode_uncalibrated(self, batches: Iterable[Tensor]) -> Tensor:
         """Batches of frames -> codes of all of them, `[N, (T-1)*S]`, by the mean and spread of their own latents: those
         that `encode` goes by lag behind the weights while they learn. Changes nothing in this module."""
-        latents = []
-        for frames in batches:
-            with in_float32(frames):
-                latents.append(self._latents(self._embed(self.prepare(frames))))
-        quantizer = copy.deepcopy(self.quantizer).train()
-        with quantizer.calibrating():
-            return quantizer(torch.cat(latents)).codes.view(-1, self.code_seq_len)
+        latents = self._all_latents(batches)
+        quantizer = copy.deepcopy(self.quantizer)
+        quantizer.calibrate(latents)
+        return quantizer.eval()(latents).codes.view(-1, self.code_seq_len)
 
     def provide_codes(self, *, index: Tensor | None = None, frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `CodeProvider`; a LAQ goes by `frames`, and says something of all of them."""
@@ -235,6 +239,15 @@ class LatentActionQuantizer(
         """`[B, T, 2E, h, h]` -> `[B * (T-1), Z]`."""
         return self.encoder.compare(*self._transitions(embedded))
 
+    def _all_latents(self, batches: Iterable[Tensor]) -> Tensor:
+        """Batches of frames `[B, T, H, W, 3]` -> the latents of all of them, `[N * (T-1), Z]`."""
+        latents = []
+        for frames in batches:
+            with in_float32(frames):
+                latents.append(self._latents(self._embed(self.prepare(frames))))
+        expect(len(latents) > 0, "calibration", "batches of frames", "none", "Give at least one.")
+        return torch.cat(latents)
+
     def _transitions(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """`[B, T, ...]` -> what is of earlier and of later frames, each `[B * (T-1), ...]`."""
         if images.shape[1] != self.config.num_frames:
@@ -275,7 +288,8 @@ class LatentActionQuantizer(
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+            # as plain bytes, as numpy knows no bfloat16
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     @classmethod
@@ -293,6 +307,12 @@ class LatentActionQuantizer(
             )
         try:
             laq = super().from_pretrained(pretrained_model_name_or_path, strict=True, **kwargs)  # type: ignore[misc]
+        except HFValidationError:
+            reason = "which is a file" if folder.is_file() else "which is no folder, and no id of the Hub either"
+            raise ValueError(
+                f"LAQ: expected the folder or Hub id of one, got {pretrained_model_name_or_path}, {reason}. "
+                "Next step: give the folder that hlrp-laq-train wrote, or user/repository on the Hub."
+            ) from None
         except _NOT_A_LAQ as error:
             raise ValueError(
                 f"LAQ: expected the settings and weights of one in {pretrained_model_name_or_path}, got something else "
@@ -316,12 +336,6 @@ _NOT_A_LAQ = (
     json.JSONDecodeError,
     UnicodeDecodeError,
 )
-
-
-def in_float32(tensor: Tensor) -> torch.autocast:
-    """No autocast on the tensor's device. A policy that trains in bfloat16 asks for labels within its autocast, and
-    rounded latents near the border of a code would give other ones than the code table of the same LAQ has."""
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _digest(config: LAQConfig) -> Tensor:

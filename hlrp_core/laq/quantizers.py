@@ -10,14 +10,13 @@ Shape legend: B batch, S code positions, D width of a code vector, K codebook si
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from vector_quantize_pytorch import ResidualFSQ, VectorQuantize
 
+from hlrp_core.expectation import expect
 from hlrp_core.laq.config import LAQConfig, fsq_levels
 
 # A normal variable times this, through the tanh of the library, is spread nearly evenly.
@@ -73,10 +72,10 @@ class CodeQuantizer(nn.Module, abc.ABC):
         """What the decoder sees of codes `[B, S]`: `[B, C]`."""
         return self.vectors(codes).flatten(1)
 
-    @contextmanager
-    def calibrating(self) -> Iterator[None]:
-        """Measure running statistics of the latents anew on what is quantised within; what was learnt stays."""
-        yield
+    @abc.abstractmethod
+    def calibrate(self, latents: Tensor) -> None:
+        """Measure anew, on all of the latents `[N, Z]` at once, what codes go by and no gradient teaches; what was
+        learnt stays."""
 
     def sync_across_processes(self) -> None:
         """Learn from what all processes quantise, equally in each of them. Before the optimizer and the first batch."""
@@ -115,14 +114,21 @@ class ScalarQuantizer(CodeQuantizer):
     def condition(self, codes: Tensor) -> Tensor:
         return self.vectors(codes).view(len(codes), self.depth, -1).sum(1)
 
-    @contextmanager
-    def calibrating(self) -> Iterator[None]:
-        momentum, self.centre.momentum = self.centre.momentum, None  # a plain average over all batches
-        self.centre.reset_running_stats()
-        try:
-            yield
-        finally:
-            self.centre.momentum = momentum
+    def calibrate(self, latents: Tensor) -> None:
+        """Raises:
+        ValueError: fewer than two latents, which have no spread.
+        """
+        expect(
+            len(latents) > 1,
+            "calibration",
+            "2 transitions or more, whose spread FSQ goes by",
+            len(latents),
+            "Give more pairs of frames.",
+        )
+        mean, variance = self.centre.running_mean, self.centre.running_var
+        assert mean is not None and variance is not None
+        mean.copy_(latents.mean(0))
+        variance.copy_(latents.var(0))
 
 
 class LearntCodebook(CodeQuantizer):
@@ -154,15 +160,11 @@ class LearntCodebook(CodeQuantizer):
     def vectors(self, codes: Tensor) -> Tensor:
         return self.inner.get_codes_from_indices(codes)
 
-    @contextmanager
-    def calibrating(self) -> Iterator[None]:
+    def calibrate(self, latents: Tensor) -> None:
         """A learnt codebook has no statistics to measure, and must not move: the decoder was trained with this one.
-        Only one that was never trained takes its entries from what is quantised within."""
-        self.inner.freeze_codebook = bool(self.inner._codebook.initted)
-        try:
-            yield
-        finally:
-            self.inner.freeze_codebook = False
+        Only one that was never trained takes its entries from the latents."""
+        if not self.inner._codebook.initted:
+            self.train()(latents)
 
     def sync_across_processes(self) -> None:
         learnt = self.inner.state_dict()

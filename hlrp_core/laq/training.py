@@ -25,6 +25,7 @@ from safetensors.torch import load_model
 from torch import Tensor
 from tqdm import tqdm
 
+from hlrp_core.expectation import expect, expect_at_least
 from hlrp_core.laq.config import LAQConfig
 from hlrp_core.laq.pairs import FrameTuples
 from hlrp_core.laq.probes import (
@@ -62,6 +63,10 @@ DISPLAY_SETTINGS = ("log_freq", "save_freq")
 
 @dataclass
 class LAQTrainingConfig:
+    """Raises:
+    ValueError: a setting is out of range.
+    """
+
     # Optimizer steps.
     steps: int = 2000
     # Frame pairs in a batch, of each process.
@@ -86,12 +91,13 @@ class LAQTrainingConfig:
     max_eval_pairs: int = 2000
 
     def __post_init__(self) -> None:
-        default = {f.name: f.default for f in fields(LAQTrainingConfig)}
         for name in ("steps", "batch_size", "log_freq", "save_freq", "max_eval_pairs"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name}: expected 1 or more, got {getattr(self, name)}. Next step: use {default[name]}."
-                )
+            expect_at_least(name, 1, getattr(self, name))
+        for name in ("warmup_steps", "weight_decay", "seed"):
+            expect_at_least(name, 0, getattr(self, name))
+        for name in ("lr", "grad_clip_norm"):
+            expect(getattr(self, name) > 0, name, "above 0", getattr(self, name), "Raise it.")
+        expect(0 <= self.soft_share <= 1, "soft_share", "a share from 0 to 1", self.soft_share, "Use 0.4.")
 
     def learning_rate(self, step: int) -> float:
         """Of the step after `step` steps."""
@@ -105,8 +111,30 @@ class LAQTrainingConfig:
 
 
 def make_accelerator() -> Accelerator:
-    """An accelerator whose processes wait for one another as long as it takes to decode a dataset."""
-    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
+    """An accelerator whose processes wait for one another as long as it takes to decode a dataset.
+
+    In float32, whatever accelerate's own settings say: codes are asked for in float32, too.
+    """
+    return Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
+
+
+def check_pairs(laq: LAQConfig, config: LAQTrainingConfig, *, num_train: int, num_held_out: int) -> None:
+    """Whether there are enough pairs to train and to measure on: what can be said before any work is done.
+
+    Raises:
+        ValueError: there are none, or with FSQ, which goes by the spread of the latents, a single transition.
+    """
+    _expect_some("training", num_train)
+    _expect_some("held-out", num_held_out)
+    if laq.quantizer == "fsq" and laq.num_frames == 2:
+        why = "with laq.quantizer=fsq, which goes by the spread of what it sees at once"
+        more = "Use longer or more episodes, or a smaller laq.frame_gap."
+        expect(num_train > 1, "training pairs", f"2 or more {why}", num_train, more)
+        expect(config.batch_size > 1, "batch_size", f"2 or more {why}", config.batch_size, "Use 2 or a larger number.")
+
+
+def _expect_some(which: str, num_pairs: int) -> None:
+    expect(num_pairs > 0, f"{which} pairs", "1 or more", num_pairs, "Use longer episodes, or a smaller laq.frame_gap.")
 
 
 def train_laq(
@@ -132,8 +160,10 @@ def train_laq(
 
     Raises:
         CodebookCollapseError: the codes of a position carry nothing.
-        ValueError: the folder holds another run, or one of another number of processes.
+        ValueError: too few pairs, a loss that is not finite, or the folder holds another run, or one of another number
+            of processes.
     """
+    check_pairs(laq.config, config, num_train=len(train), num_held_out=len(held_out))
     output_dir = Path(output_dir)
     own = {f.name: getattr(config, f.name) for f in fields(LAQTrainingConfig) if f.name not in DISPLAY_SETTINGS}
     kept = {"training": own, "laq": asdict(laq.config), **(settings or {})}
@@ -213,6 +243,11 @@ class _LAQTrainer:
             config.batch_size, seed=config.seed, step=self.step, rank=accelerator.process_index
         ).to(accelerator.device)
         output = self.model(frames, hardness=config.hardness(self.step))
+        if not bool(torch.isfinite(output.loss)):
+            raise ValueError(
+                f"loss at step {self.step + 1}: expected a finite number, got {output.loss.item()}. "
+                f"Next step: lower lr; the newest checkpoint is in {self.run.folder}."
+            )
         accelerator.backward(output.loss)
         accelerator.clip_grad_norm_(self.model.parameters(), config.grad_clip_norm)
         self.optimizer.step()
@@ -294,7 +329,11 @@ class _LAQTrainer:
 
 @torch.no_grad()
 def evaluate_reconstruction(laq: LatentActionQuantizer, batches: Iterable[Tensor]) -> dict[str, float]:
-    """Mean squared errors of the reconstruction and of the copy of frame t, and the gain between them in dB."""
+    """Mean squared errors of the reconstruction and of the copy of frame t, and the gain between them in dB.
+
+    Raises:
+        ValueError: there are no batches.
+    """
     laq.eval()
     device = next(laq.parameters()).device
     error, copy_error, count = 0.0, 0.0, 0
@@ -303,6 +342,7 @@ def evaluate_reconstruction(laq: LatentActionQuantizer, batches: Iterable[Tensor
         error += (output.reconstruction - output.target).square().mean().item() * len(frames)
         copy_error += (output.source - output.target).square().mean().item() * len(frames)
         count += len(frames)
+    _expect_some("held-out", count)
     return {
         "mse": error / count,
         "copy_mse": copy_error / count,
@@ -326,7 +366,9 @@ def measure_laq(
 
     Raises:
         CodebookCollapseError: the codes carry nothing.
+        ValueError: there are no held-out tuples.
     """
+    _expect_some("held-out", len(held_out))
     codes = encode_all(laq, held_out)
     use_from, codes_in_use = "held-out", codes
     if len(held_out) < MIN_PAIRS_TO_JUDGE:

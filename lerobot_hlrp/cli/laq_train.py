@@ -33,21 +33,25 @@ class TrainLAQCommand(LAQTrainingConfig):
     frame_gap_s: float | None = None
     # Share of the episodes, the last ones, that are measured on and not trained on.
     eval_share: float = 0.05
+    # What the action probe predicts: the `sum` of the actions over the gap, where they are moves (velocities, deltas),
+    # or the `difference` of the actions at its end and start, where they are positions (joint targets).
+    probe: str = "sum"
 
 
 def train(command: TrainLAQCommand) -> int:
     """Exit status: 0, or 130 when interrupted."""
-    from hlrp_core.expectation import expect, expect_folder_path
+    from hlrp_core.expectation import expect, expect_choice, expect_folder_path
     from hlrp_core.laq.figures import draw_all
     from hlrp_core.laq.quantizer import LatentActionQuantizer
-    from hlrp_core.laq.training import make_accelerator, train_laq
+    from hlrp_core.laq.training import check_pairs, make_accelerator, train_laq
     from hlrp_core.run_folder import read_json
     from lerobot_hlrp.dataset_folder import load_whole_dataset
     from lerobot_hlrp.fingerprint import dataset_fingerprint
     from lerobot_hlrp.frame_gap import frames_apart
     from lerobot_hlrp.frame_reader import choose_camera
-    from lerobot_hlrp.laq_data import TuplePlan, cache_frames
+    from lerobot_hlrp.laq_data import MOTIONS, TuplePlan, cache_frames
 
+    expect_choice("probe", command.probe, MOTIONS)
     expect_folder_path("output_dir", command.output_dir)
     dataset = load_whole_dataset(command.dataset, purpose="a LAQ")
     camera = choose_camera(dataset.meta, command.camera)
@@ -57,7 +61,9 @@ def train(command: TrainLAQCommand) -> int:
         is_one = command.laq.frame_gap in (LAQConfig.frame_gap, frame_gap)
         expect(is_one, "frame_gap_s, laq.frame_gap", "one of them", both, "Leave one of them out.")
         command.laq.frame_gap = frame_gap
-    plan = TuplePlan(dataset, command.laq, eval_share=command.eval_share)  # before the frames are decoded
+    plan = TuplePlan(dataset, command.laq, eval_share=command.eval_share, probe=command.probe)
+    num_train, num_held_out = len(plan.train_starts), len(plan.test_starts)
+    check_pairs(command.laq, command, num_train=num_train, num_held_out=num_held_out)  # before frames are decoded
     fingerprint = dataset_fingerprint(dataset.meta)
     cache = command.output_dir / "frames.npy"
     accelerator = make_accelerator()
@@ -71,7 +77,12 @@ def train(command: TrainLAQCommand) -> int:
 
     torch.manual_seed(command.seed)
     laq = LatentActionQuantizer.for_training(command.laq)
-    settings = {"dataset": fingerprint, "camera": camera, "eval_share": command.eval_share}
+    settings = {
+        "dataset": fingerprint,
+        "camera": camera,
+        "eval_share": command.eval_share,
+        "probe": command.probe,
+    }
     figures = train_laq(
         laq,
         training,

@@ -34,6 +34,12 @@ def open_dataset(root: Path) -> LeRobotDataset:
     return LeRobotDataset("test/tiny", root=root)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _fresh_accelerator():
+    """Accelerate keeps its precision for a process's whole life."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="module")
 def trained(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a LAQ that the command trained on a dataset with actions."""
@@ -229,13 +235,42 @@ def test_pairs_of_unknown_actions_are_left_out_of_the_probe(tiny_dataset, tmp_pa
     assert np.isfinite(json.loads((tmp_path / "laq" / "metrics.json").read_text())["action_probe_r2"])
 
 
-@pytest.mark.parametrize("mistake", [{"laq": replace(TINY, frame_gap=50)}, {"eval_share": 0.999}])
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"laq": replace(TINY, frame_gap=50)},
+        {"eval_share": 0.999},
+        {"batch_size": 1},
+        {"probe": "differences"},
+    ],
+)
 def test_mistakes_are_found_before_frames_are_decoded(mistake, tiny_dataset, tmp_path):
     dataset = DatasetConfig(repo_id="test/tiny", root=str(tiny_dataset))
     command = TrainLAQCommand(**{"dataset": dataset, "output_dir": tmp_path / "laq", "laq": TINY, **mistake})
-    with pytest.raises(ValueError, match=r"frame_gap|eval_share"):
+    with pytest.raises(ValueError, match=r"^(frame_gap|eval_share|batch_size|probe: .*'difference'\?)"):
         train(command)
     assert not (tmp_path / "laq").exists()
+
+
+def test_what_the_probe_predicts_is_a_setting_of_the_run(tiny_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("hlrp_core.laq.training.MIN_PAIRS_TO_JUDGE", 1)
+    scores = {}
+    for probe in ("sum", "difference"):
+        command = TrainLAQCommand(
+            dataset=DatasetConfig(repo_id="test/tiny", root=str(tiny_dataset)),
+            output_dir=tmp_path / probe,
+            laq=TINY,
+            steps=2,
+            batch_size=4,
+            eval_share=0.25,
+            probe=probe,
+        )
+        assert train(command) == 0
+        assert json.loads((tmp_path / probe / "run" / "settings.json").read_text())["probe"] == probe
+        scores[probe] = json.loads((tmp_path / probe / "metrics.json").read_text())["action_probe_r2"]
+    assert scores["sum"] != scores["difference"]
+    with pytest.raises(ValueError, match=r"\(probe='difference'\), got probe='sum'"):
+        train(replace(command, probe="sum"))
 
 
 def test_a_gap_longer_than_every_episode_is_refused(tiny_dataset, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState
 
 from hlrp_core.laq.pairs import FrameTuples, tuple_starts
 
@@ -24,6 +25,14 @@ def moving_squares(num_episodes: int, length: int, seed: int) -> tuple[np.ndarra
             frames[index, row : row + 6, column : column + 6] = 220
             actions[index] = direction
     return frames, actions
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    """Accelerate keeps its precision for a process's whole life."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -54,21 +57,43 @@ def test_a_codebook_size_without_levels_names_the_nearest():
 
 
 def test_a_depth_that_does_not_divide_the_positions_is_refused():
-    with pytest.raises(ValueError, match=r"divisor of code_seq_len=4, got 3.*use 1"):
+    with pytest.raises(ValueError, match=r"divisor of code_seq_len=4, got 3.*Use 1"):
         LAQConfig(code_seq_len=4, fsq_depth=3)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"frame_gap": 0}, r"laq.frame_gap: expected 1 or more, got 0. Next step: use 3"),
-        ({"quantizer": "vqvae"}, r"laq.quantizer: expected one of .* got 'vqvae'. Next step: use fsq"),
-        ({"target": "words"}, r"laq.target: expected one of .* got 'words'. Next step: use pixels"),
+        ({"frame_gap": 0}, r"laq.frame_gap: expected 1 or more, got 0. Next step: Use 1 or a larger number"),
+        ({"codebook_size": 1}, r"laq.codebook_size: expected 2 or more, got 1. Next step"),
+        ({"num_frames": 1}, r"laq.num_frames: expected 2 or more, got 1. Next step"),
+        ({"image_size": 0}, r"laq.image_size: expected 1 or more, got 0. Next step"),
+        ({"image_size": 2}, r"laq.image_size: expected a multiple of patch_size=4, got 2. Next step: Use 4"),
+        ({"image_size": 67}, r"laq.image_size: expected a multiple of patch_size=4, got 67. Next step: Use 64"),
+        ({"patch_size": 0}, r"laq.patch_size: expected 2 or more, got 0. Next step"),
+        ({"patch_size": 3, "image_size": 63}, r"laq.patch_size: expected an even number, got 3. Next step: Use 4"),
+        ({"hidden_dim": 0}, r"laq.hidden_dim: expected 8 or more, got 0. Next step"),
+        ({"hidden_dim": 12}, r"laq.hidden_dim: expected a multiple of 8, got 12. Next step"),
+        ({"num_layers": -1}, r"laq.num_layers: expected 1 or more, got -1. Next step"),
+        ({"code_dim": 0}, r"laq.code_dim: expected 1 or more, got 0. Next step"),
+        ({"fsq_depth": 0}, r"laq.fsq_depth: expected 1 or more, got 0. Next step"),
+        ({"motion_weight": -1.0}, r"laq.motion_weight: expected 0 or more, got -1.0. Next step"),
+        ({"quantizer": "vqvae"}, r"laq.quantizer: expected one of fsq, vq, diveq, got 'vqvae'. Next step: Choose"),
+        ({"target": "words"}, r"laq.target: expected one of pixels, features, got 'words'. Next step"),
+        ({"target": "features"}, r"laq.feature_encoder: expected the Hub id .* got none. Next step"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         LAQConfig(**settings)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_the_smallest_sizes_work(quantizer):
+    sizes = {"image_size": 2, "patch_size": 2, "hidden_dim": 8, "num_layers": 1, "code_dim": 1}
+    laq = LatentActionQuantizer(LAQConfig(codebook_size=2, code_seq_len=1, quantizer=quantizer, **sizes))
+    laq.train()(random_frames(4)).loss.backward()
+    assert laq.encode(random_frames(4)).shape == (4, 1)
 
 
 def test_codes_of_another_length_are_refused():
@@ -153,6 +178,36 @@ def test_codes_and_pictures_are_the_same_under_autocast(quantizer):
         assert torch.equal(laq.encode_embedded(embedded), codes)
         assert torch.equal(laq.decode(frames[:, 0], codes), decoded)
         assert torch.equal(laq.provide_codes(frames=frames)[0], codes)
+
+
+def calibration_statistics(laq: LatentActionQuantizer, frames: torch.Tensor, batch_size: int) -> list[torch.Tensor]:
+    laq.calibrate(frames.split(batch_size))
+    centre = laq.quantizer.centre
+    return [centre.running_mean.clone(), centre.running_var.clone()]
+
+
+@pytest.mark.parametrize("num_frames", [2, 3])
+def test_calibration_depends_neither_on_the_batches_nor_on_their_order(num_frames):
+    """Sorted by how much moves, as data that is grouped by task: batches differ more than the pairs of one of them."""
+    laq = make_laq(num_frames=num_frames)
+    strength = torch.linspace(0, 1, 33)[:, None, None, None, None]
+    frames = (random_frames(33, num_frames) * strength).to(torch.uint8)
+    with torch.no_grad():
+        latents = laq._latents(laq._embed(laq.prepare(frames)))
+    expected = [latents.mean(0), latents.var(0)]
+    for batch_size in (33, 16, 4, 1):  # 16 and 4 leave a single one for the last
+        for order in (torch.arange(33), torch.arange(33).flip(0)):
+            got = calibration_statistics(laq, frames[order], batch_size)
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_calibration_needs_a_spread(number):
+    laq = make_laq()
+    before = laq.weights_hash()
+    with pytest.raises(ValueError, match=r"calibration: expected .* got (none|1). Next step"):
+        laq.calibrate([random_frames(1)] * number)
+    assert laq.weights_hash() == before
 
 
 def calibrate(laq: LatentActionQuantizer) -> None:
@@ -254,6 +309,15 @@ def test_a_folder_with_a_damaged_file_is_refused(tmp_path: Path, file, content):
         LatentActionQuantizer.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["nowhere/at/all", "model.safetensors"])
+def test_what_is_no_laq_at_all_is_refused(tmp_path: Path, name):
+    """Neither a folder nor a name that the Hub could have."""
+    (tmp_path / "model.safetensors").touch()
+    reason = "which is a file" if name == "model.safetensors" else "which is no folder"
+    with pytest.raises(ValueError, match=rf"LAQ: expected the folder .* got .*{name}, {reason}.*Next step: give"):
+        LatentActionQuantizer.from_pretrained(tmp_path / name)
+
+
 def test_an_unknown_schema_is_refused(tmp_path: Path):
     make_laq().save_pretrained(tmp_path)
     config = tmp_path / "config.json"
@@ -268,6 +332,24 @@ def test_the_hash_follows_the_weights():
     assert before == make_laq().weights_hash()
     with torch.no_grad():
         next(laq.parameters()).add_(1e-3)
+    assert laq.weights_hash() != before
+
+
+def test_the_hash_is_that_of_the_settings_and_the_plain_bytes_of_the_weights():
+    laq = make_laq(quantizer="vq")
+    slow = hashlib.sha256(json.dumps(asdict(laq.config), sort_keys=True).encode())
+    for name, tensor in sorted(laq.state_dict().items()):
+        slow.update(name.encode() + tensor.numpy().tobytes())
+    assert laq.weights_hash() == slow.hexdigest()
+
+
+def test_rounded_weights_have_a_hash_of_their_own():
+    laq = make_laq().bfloat16()
+    before = laq.weights_hash()
+    assert before not in (make_laq().weights_hash(), make_laq().half().weights_hash())
+    assert before == make_laq().bfloat16().weights_hash()
+    with torch.no_grad():
+        next(laq.parameters()).add_(1)
     assert laq.weights_hash() != before
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,13 @@ from hlrp_core.laq.probes import (
     one_hot_features,
 )
 from hlrp_core.laq.quantizer import LatentActionQuantizer
-from hlrp_core.laq.training import LAQTrainingConfig, measure_laq, train_laq
+from hlrp_core.laq.training import (
+    LAQTrainingConfig,
+    evaluate_reconstruction,
+    make_accelerator,
+    measure_laq,
+    train_laq,
+)
 
 CONFIG = LAQConfig(image_size=32, hidden_dim=32, num_layers=2, frame_gap=1, code_seq_len=2)
 SAMPLE = FrameTuples.sample
@@ -109,6 +116,89 @@ def test_each_process_has_batches_of_its_own(square_tuples):
     assert torch.equal(train.sample(16, seed=3, step=1), train.read(only))
 
 
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        *(({name: 0}, "1 or more") for name in ("steps", "batch_size", "log_freq", "save_freq", "max_eval_pairs")),
+        *(({name: -1}, "0 or more") for name in ("warmup_steps", "weight_decay", "seed")),
+        *(({"lr": value}, "above 0") for value in (-1.0, 0.0, float("nan"))),
+        ({"grad_clip_norm": 0.0}, "above 0"),
+        *(({"soft_share": value}, "a share from 0 to 1") for value in (-0.1, 7.0)),
+    ],
+)
+def test_settings_out_of_range_are_refused(setting, expected):
+    [(name, value)] = setting.items()
+    with pytest.raises(ValueError, match=rf"^{name}: expected {expected}, got {value}. Next step: "):
+        LAQTrainingConfig(**setting)
+
+
+def test_the_precision_is_ours_whatever_accelerate_is_set_to(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert make_accelerator().mixed_precision == "no"
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(square_tuples, tmp_path):
+    train, held_out = square_tuples
+    laq = new_laq()
+    with torch.no_grad():
+        laq.decoder.to_target.bias.fill_(float("nan"))
+    config = LAQTrainingConfig(steps=2, batch_size=4)
+    with pytest.raises(ValueError, match=r"loss at step 1: expected a finite number, got nan. Next step: lower lr"):
+        train_laq(laq, train, held_out, config, output_dir=tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def first(tuples: FrameTuples, number: int) -> FrameTuples:
+    return replace(tuples, starts=tuples.starts[:number], motion=tuples.motion[:number])
+
+
+def test_any_number_of_pairs_trains_to_the_end(square_tuples, tmp_path):
+    """257: one more than a batch of the calibration."""
+    train, held_out = square_tuples
+    config = LAQTrainingConfig(steps=2, batch_size=4)
+    assert train_laq(new_laq(), first(train, 257), held_out.spread(40), config, output_dir=tmp_path) is not None
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("num_train", "num_held_out", "batch_size", "message"),
+    [
+        (0, 9, 4, "training pairs: expected 1 or more, got 0"),
+        (9, 0, 4, "held-out pairs: expected 1 or more, got 0"),
+        (1, 9, 4, "training pairs: expected 2 or more with laq.quantizer=fsq, .* got 1"),
+        (9, 9, 1, "batch_size: expected 2 or more with laq.quantizer=fsq, .* got 1"),
+    ],
+)
+def test_too_few_pairs_are_refused_before_the_training(
+    num_train, num_held_out, batch_size, message, square_tuples, tmp_path
+):
+    train, held_out = first(square_tuples[0], num_train), first(square_tuples[1], num_held_out)
+    config = LAQTrainingConfig(steps=2, batch_size=batch_size)
+    with pytest.raises(ValueError, match=rf"^{message}. Next step: "):
+        train_laq(new_laq(), train, held_out, config, output_dir=tmp_path / "laq")
+    assert not (tmp_path / "laq").exists()
+
+
+@pytest.mark.parametrize(("quantizer", "num_frames"), [("fsq", 3), ("vq", 2), ("diveq", 2)])
+def test_a_single_tuple_trains_where_its_spread_is_not_needed(quantizer, num_frames, square_tuples, tmp_path):
+    """Two transitions have a spread, and a learnt codebook goes by none."""
+    train, held_out = (replace(first(pairs, 1), num_frames=num_frames) for pairs in square_tuples)
+    config = LAQTrainingConfig(steps=2, batch_size=1, log_freq=1)
+    torch.manual_seed(0)
+    laq = LatentActionQuantizer(replace(CONFIG, quantizer=quantizer, num_frames=num_frames, code_seq_len=1))
+    with suppress(CodebookCollapseError):  # after the training: one tuple tells nothing apart
+        train_laq(laq, train, held_out, config, output_dir=tmp_path)
+    assert (tmp_path / "run" / "checkpoints" / "last").resolve().name == "000002"
+
+
+def test_nothing_to_measure_on_is_an_error_that_says_so(square_tuples):
+    train, held_out = square_tuples
+    with pytest.raises(ValueError, match=r"held-out pairs: expected 1 or more, got 0. Next step"):
+        measure_laq(new_laq(), train, first(held_out, 0))
+    with pytest.raises(ValueError, match=r"held-out pairs: expected 1 or more, got 0. Next step"):
+        evaluate_reconstruction(new_laq(), [])
+
+
 def test_another_run_in_the_same_folder_is_refused(square_tuples, tmp_path):
     train, held_out = square_tuples
     config = LAQTrainingConfig(steps=2, batch_size=4, log_freq=1, save_freq=2)
@@ -172,7 +262,7 @@ def test_looking_at_the_codes_changes_nothing_and_sees_what_calibration_would_gi
     assert torch.equal(torch.get_rng_state(), random_state)
     laq.calibrate(held_out.batches(len(held_out)))
     calibrated = laq.encode(held_out.read(np.arange(len(held_out))))
-    assert (codes == calibrated).float().mean() > 0.99  # of few, the spread is estimated a little differently
+    assert (codes == calibrated).float().mean() > 0.995  # on the border of two codes, the last digit may decide
 
 
 def lose_second_position(self, batches):
