@@ -12,6 +12,7 @@ stage can use it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -52,8 +53,19 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write under a temporary name, then rename."""
-    _replace_text(path, json.dumps(data, indent=2) + "\n")
+    """Write under a temporary name, then rename. JSON has no NaN and no infinity: `null` takes their place."""
+    _replace_text(path, json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(data: Any) -> Any:
+    """`data` with None for every number that is not finite."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return data
 
 
 def _replace_text(path: Path, text: str) -> None:
@@ -96,7 +108,7 @@ class RunFolder:
         # else appears in the folder before they are there.
         is_taken = self._is_taken()
         if path.is_file():
-            before, now = read_json(path), json.loads(json.dumps(settings))
+            before, now = _finite(read_json(path)), json.loads(json.dumps(_finite(settings)))
             differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
             if differing:
                 raise ValueError(
@@ -139,17 +151,31 @@ class RunFolder:
         target = self.folder / CHECKPOINTS / f"{step:06d}"
         with new_folder(target) as scratch:
             yield scratch
-        link = target.with_name(f".{LAST}.tmp")
-        link.unlink(missing_ok=True)
-        link.symlink_to(target.name)
-        link.replace(self.last)
+        self._point_last_to(target)
         for old in self._checkpoints()[: -self.keep] if self.keep else []:
             shutil.rmtree(old)
 
+    def _point_last_to(self, checkpoint: Path) -> None:
+        link = checkpoint.with_name(f".{LAST}.tmp")
+        link.unlink(missing_ok=True)
+        link.symlink_to(checkpoint.name)
+        link.replace(self.last)
+
+    def repair_last(self) -> None:
+        """Point `last` to the newest checkpoint: a run that was killed just after writing that one has not.
+
+        For one process of the run alone.
+        """
+        newest = self.latest_checkpoint()
+        if newest is None or (self.last.exists() and not self.last.is_symlink()):  # a copy may have a folder there
+            return
+        if not self.last.exists() or self.last.readlink() != Path(newest.name):
+            self._point_last_to(newest)
+
     def log(self, record: dict[str, Any]) -> None:
-        """Append one record to the metrics; it is on disk when this returns."""
+        """Append one record to the metrics, with `null` as in `write_json`; it is on disk when this returns."""
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
 
     def forget_after(self, step: int) -> None:
         """Drop the records of steps after `step`: a killed run measured them, and its continuation will again."""
@@ -199,21 +225,21 @@ def load_optimizer(optimizer: Optimizer, folder: Path) -> None:
 
 
 def capture_random_state() -> dict[str, Any]:
-    """The state of every global random generator: torch (all devices), numpy, Python."""
+    """The state of this process's global random generators: torch (CPU and current CUDA device), numpy, Python."""
     name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - others may draw from it
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "numpy": [name, keys.tolist(), position, has_gauss, gauss],  # type: ignore[union-attr]
         "python": random.getstate(),
     }
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Inverse of `capture_random_state`."""
+    """Inverse of `capture_random_state`; the current CUDA device may be another one, or none."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
     np.random.set_state(tuple(state["numpy"]))  # noqa: NPY002
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
@@ -221,19 +247,26 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 def save_random_state(state: dict[str, Any], folder: Path, *, name: str = "random") -> None:
     """Write `<name>.safetensors` and `<name>.json`."""
-    tensors = {"torch": state["torch"]} | {f"cuda/{i}": tensor for i, tensor in enumerate(state["cuda"])}
+    tensors = {key: state[key] for key in ("torch", "cuda") if state[key] is not None}
     save_file(tensors, folder / f"{name}.safetensors")
     write_json(folder / f"{name}.json", {"numpy": state["numpy"], "python": state["python"]})
 
 
 def load_random_state(folder: Path, *, name: str = "random") -> dict[str, Any]:
-    """Inverse of `save_random_state`."""
-    tensors = load_file(folder / f"{name}.safetensors")
-    return {
-        "torch": tensors.pop("torch"),
-        "cuda": [tensors[key] for key in sorted(tensors, key=lambda key: int(key.split("/")[1]))],
-        **read_json(folder / f"{name}.json"),
-    }
+    """Inverse of `save_random_state`.
+
+    Raises:
+        ValueError: the file is of an earlier version, which wrote the states of all CUDA devices.
+    """
+    path = folder / f"{name}.safetensors"
+    tensors = load_file(path)
+    unknown = sorted(tensors.keys() - {"torch", "cuda"})
+    if unknown:
+        raise ValueError(
+            f"{path}: expected the random states torch and cuda, got {', '.join(unknown)}, as an earlier version of "
+            "this package wrote them. Next step: continue the run with that version, or start a new one."
+        )
+    return {"torch": tensors["torch"], "cuda": tensors.get("cuda"), **read_json(folder / f"{name}.json")}
 
 
 class StopRequest:

@@ -16,6 +16,7 @@ Shape legend: B batch, T frames in time, H W image size, D state width, C chunk 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,15 @@ if TYPE_CHECKING:
 Batch = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class ActionSizes:
+    """Of the actions of another dataset: C, A, and D of the state beside them (0 for none)."""
+
+    chunk_size: int
+    action_dim: int
+    state_dim: int
+
+
 class BatchReader:
     """Reads LeRobot batches for one policy.
 
@@ -40,6 +50,8 @@ class BatchReader:
         state_dim: width of the state that the action head or the prompt sees; 0 where none does.
         labels: where codes come from; None where there are none.
         action_episodes: those that may supervise actions; None for all.
+        without_actions: for video in a mix that learns actions from other datasets: every sample has actions and a
+            state of these sizes, which supervise nothing.
     """
 
     def __init__(
@@ -49,11 +61,13 @@ class BatchReader:
         state_dim: int,
         labels: LabelSource | None = None,
         action_episodes: Sequence[int] | None = None,
+        without_actions: ActionSizes | None = None,
     ):
         self.config = config
         self.state_dim = state_dim
         self.labels = labels
         self.action_episodes = None if action_episodes is None else torch.tensor(action_episodes)
+        self.without_actions = without_actions
         self._action_dim = None if config.action_feature is None else config.action_feature.shape[0]
 
     def read_observation(self, batch: Batch) -> ActionBatch:
@@ -84,10 +98,12 @@ class BatchReader:
             labels["actions"], labels["action_is_pad"] = read_actions(
                 batch, chunk_size=self.config.chunk_size, action_dim=self._action_dim, action_valid=valid
             )
-            labels["action_valid"] = valid
+            labels["action_valid"] = torch.ones(len(frames), dtype=torch.bool) if valid is None else valid
         if self.config.reads_state:
             # a prompt shows the state of every sample, labelled or not
             labels["state"] = self._read_state(batch, None if self.config.prompt.state_text else valid)
+        if self.without_actions is not None:
+            labels = {**_no_actions(self.without_actions, len(frames), frames.device), **labels}
         return self._build(batch, frames, **labels)
 
     def _build(self, batch: Batch, frames: Tensor, **rest: Any) -> ActionBatch:
@@ -122,6 +138,15 @@ class BatchReader:
         state = select_rows(read_state(batch, self.state_dim, size=len(batch[self.config.camera])), action_valid)
         check_finite(state.isfinite(), OBS_STATE, batch)
         return state
+
+
+def _no_actions(sizes: ActionSizes, num_samples: int, device: torch.device) -> dict[str, Tensor]:
+    actions = torch.zeros(num_samples, sizes.chunk_size, sizes.action_dim, device=device)
+    found = {"actions": actions, "action_is_pad": torch.ones(actions.shape[:2], dtype=torch.bool, device=device)}
+    found["action_valid"] = torch.zeros(num_samples, dtype=torch.bool, device=device)
+    if sizes.state_dim:
+        found["state"] = torch.zeros(num_samples, sizes.state_dim, device=device)
+    return found
 
 
 def missing_labels(config: HLRPConfig) -> ValueError:

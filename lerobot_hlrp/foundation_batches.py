@@ -29,13 +29,13 @@ def load_datasets(dataset: DatasetConfig, config: HLRPConfig) -> tuple[LeRobotDa
     """Training and held-out episodes, by the very rule of `lerobot-train` (`--dataset.eval_split`).
 
     Args:
-        config: says which frames an item needs: frame t alone, or a pair for an online LAQ.
+        config: says which frames an item needs, frame t alone or a pair for an online LAQ, and which actions.
     """
     from lerobot.datasets.factory import make_train_eval_datasets
 
     wanted = SimpleNamespace(
         observation_delta_indices=config.observation_delta_indices,
-        action_delta_indices=None,
+        action_delta_indices=config.action_delta_indices if config.learns_actions else None,
         reward_delta_indices=None,
     )
     run = SimpleNamespace(dataset=dataset, trainable_config=wanted, tolerance_s=1e-4)
@@ -128,8 +128,8 @@ class FoundationBatches:
 
 
 def labelled_items(dataset: LeRobotDataset, reader: BatchReader) -> Tensor:
-    """Positions in the dataset whose frames have a valid label, as far as that is known without looking at frames."""
-    if not isinstance(reader.labels, TableLabels):
+    """Positions in the dataset whose frames have a label, as far as that is known without looking at frames."""
+    if reader.config.learns_actions or not isinstance(reader.labels, TableLabels):
         return torch.arange(len(dataset))
     _, valid = reader.labels.table.lookup(frame_indices(dataset))
     return valid.nonzero().flatten()

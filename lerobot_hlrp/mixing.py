@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lerobot.configs.default import DatasetConfig
+from lerobot.utils.constants import ACTION, OBS_STATE
 
 from hlrp_core.expectation import expect
 from lerobot_hlrp.action_labels import check_statistics
 from lerobot_hlrp.frame_gap import frames_apart, is_same_time
 
 if TYPE_CHECKING:
+    from lerobot.configs import PolicyFeature
     from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
     from lerobot.processor import PolicyProcessorPipeline
 
@@ -41,6 +43,9 @@ class MixedDataset(DatasetConfig):
     camera: str | None = None
     # Further cameras that the model sees at time t.
     extra_cameras: list[str] = field(default_factory=list)
+    # Whether its actions supervise, too (mode=multitask). The first dataset's always do; set it for others of the same
+    # robot alone, as they are normalised by the statistics of the first.
+    actions: bool = False
     # Δ in seconds. By default that of the whole mix, or as in the table or the LAQ. Where every dataset has one, they
     # may differ.
     frame_gap_s: float | None = None
@@ -60,7 +65,7 @@ class LabelledDataset:
         reader: of its batches, with its labels.
         frame_gap: Δ in its frames.
         training, held_out: its episodes.
-        preprocess: normalises the state by this dataset's statistics, where the prompt shows it.
+        preprocess: normalises state and actions, where they are seen.
     """
 
     settings: MixedDataset
@@ -125,18 +130,26 @@ def check_mix(datasets: Sequence[MixedDataset], *, has_laq: bool) -> None:
     expect(not wrong, "weight", "a number above 0", ", ".join(wrong), "Leave a dataset out that is not to be drawn.")
 
 
-def open_reader(policy: HLRPPolicy, settings: MixedDataset, meta: LeRobotDatasetMetadata, **labels: Any) -> BatchReader:
+def open_reader(
+    policy: HLRPPolicy,
+    settings: MixedDataset,
+    meta: LeRobotDatasetMetadata,
+    *,
+    first: LeRobotDatasetMetadata,
+    **labels: Any,
+) -> BatchReader:
     """A reader for one more dataset than the policy was made with: its cameras, its labels.
 
     Args:
+        first: the dataset that the policy was made with.
         labels: the policy's settings `laq` and `frame_gap`.
 
     Raises:
-        ValueError: the dataset lacks the camera or the state, or the labels do not fit it.
+        ValueError: the dataset lacks the camera, the state or the actions, or the labels do not fit it.
     """
     from lerobot.utils.feature_utils import dataset_to_policy_features
 
-    from lerobot_hlrp.batch import BatchReader
+    from lerobot_hlrp.batch import ActionSizes, BatchReader
     from lerobot_hlrp.label_sources import open_label_source
 
     config = copy.copy(policy.config)  # no deep one: LeRobot keeps all that it knows of the first dataset in there
@@ -146,25 +159,73 @@ def open_reader(policy: HLRPPolicy, settings: MixedDataset, meta: LeRobotDataset
     own = {"codes": settings.codes, "camera": settings.camera, "extra_cameras": list(settings.extra_cameras)}
     for name, value in {**own, **labels}.items():
         setattr(config, name, value)
-    config.input_features = dataset_to_policy_features(meta.features)
+    features = dataset_to_policy_features(meta.features)
+    without_actions = None
+    if policy.config.learns_actions:
+        head = policy.backend.action_head
+        assert head is not None
+        if settings.actions:
+            _expect_same_robot(policy.config, features, settings.title)
+        else:
+            config.mode = "codes"
+            without_actions = ActionSizes(head.config.chunk_size, head.config.action_dim, head.config.state_dim)
+            if config.prompt.state_text:  # the head sees the very state that the prompt shows
+                _expect_same_width(OBS_STATE, policy.config.robot_state_feature, features, settings.title)
+    config.input_features = features
     config.__post_init__()
     config.validate_features()
     if config.extra_cameras:
         policy.backend.prompting.check_length_sources(len(config.cameras))
-    check_statistics(meta.stats, config.normalized_features(), config.normalization_mapping)
-    state = config.robot_state_feature if config.prompt.state_text else None
-    return BatchReader(config, state_dim=0 if state is None else state.shape[0], labels=open_label_source(config, meta))
+    state_dim = policy.reader.state_dim
+    if not config.learns_actions:
+        check_statistics(meta.stats, config.normalized_features(), config.normalization_mapping)
+        state = config.robot_state_feature if config.prompt.state_text else None
+        state_dim = 0 if state is None else state.shape[0]
+    source = open_label_source(config, meta)
+    return BatchReader(config, state_dim=state_dim, labels=source, without_actions=without_actions)
+
+
+def _expect_same_robot(config: HLRPConfig, features: dict[str, PolicyFeature], title: str) -> None:
+    """Raises:
+    ValueError: `features` of a dataset hold other actions, or another state, than those of `config`.
+    """
+    _expect_same_width(ACTION, config.action_feature, features, title)
+    if config.robot_state_feature is not None:
+        _expect_same_width(OBS_STATE, config.robot_state_feature, features, title)
+
+
+def _expect_same_width(name: str, wanted: PolicyFeature | None, features: dict[str, PolicyFeature], title: str) -> None:
+    assert wanted is not None
+    have = features.get(name)
+    expect(
+        have is not None and have.shape == wanted.shape,
+        f"{name} of {title}",
+        f"width {wanted.shape[0]}, as in the first dataset",
+        "none" if have is None else f"width {have.shape[0]}",
+        "Leave `actions` out of its entry: then it teaches codes alone."
+        if name == ACTION
+        else "Use data of one robot, or leave the state out of the prompt.",
+    )
 
 
 def make_preprocessor(
-    config: HLRPConfig, meta: LeRobotDatasetMetadata
+    config: HLRPConfig, meta: LeRobotDatasetMetadata, first: LeRobotDatasetMetadata
 ) -> PolicyProcessorPipeline[dict[str, Any], dict[str, Any]] | None:
-    """What normalises the states of one dataset, by its own statistics: another robot's say nothing of it. None where
-    the model does not see the state.
+    """What normalises the states, and the actions, of one dataset; None where nothing of both is seen.
+
+    States in the prompt of a dataset that teaches codes go by its own statistics: another robot's say nothing of it.
+    Actions, and the states beside them, go by those of the first dataset, as the trained policy will.
+
+    Args:
+        meta: of this dataset.
+        first: of the first one.
     """
     from lerobot.policies.factory import make_pre_post_processors
 
-    return make_pre_post_processors(config, dataset_stats=meta.stats)[0] if config.reads_state else None  # type: ignore[arg-type]
+    if not config.reads_state:
+        return None
+    stats = first.stats if config.learns_actions else meta.stats
+    return make_pre_post_processors(config, dataset_stats=stats)[0]  # type: ignore[arg-type]
 
 
 def check_labels(datasets: Sequence[LabelledDataset]) -> None:

@@ -46,10 +46,10 @@ def find_policy_type(backend: str) -> tuple[str, str, str]:
 def make_code_policy(
     dataset: DatasetConfig, backend: str, *, device: str, **settings: Any
 ) -> tuple[HLRPPolicy, LeRobotDatasetMetadata]:
-    """A fresh policy in codes mode on a pretrained backbone, and the metadata of the data it learns from.
+    """A fresh policy on a pretrained backbone, and the metadata of the data it learns from.
 
     Args:
-        settings: of the policy's config, such as `backbone` and `codes`.
+        settings: of the policy's config, such as `backbone`, `codes`, and a `mode` other than `codes`.
     """
     from lerobot.policies.factory import make_policy, make_policy_config
 
@@ -61,9 +61,7 @@ def make_code_policy(
         "Make a code table with hlrp-label.",
     )
     policy_type, prompting, code_head = find_policy_type(backend)
-    config = make_policy_config(
-        policy_type, mode="codes", prompting=prompting, code_head=code_head, device=device, **settings
-    )
+    config = make_policy_config(policy_type, prompting=prompting, code_head=code_head, device=device, **settings)
     meta = load_metadata(dataset)
     return make_policy(config, ds_meta=meta), meta  # type: ignore[return-value]
 

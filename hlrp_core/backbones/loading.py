@@ -29,22 +29,50 @@ def load_core(
     """Load weights and processor through transformers' own classes.
 
     Raises:
-        ValueError: no such folder, files that are missing there, a checkpoint of another family, an unknown dtype, or
-            image settings that do not fit the family.
+        ValueError: no such folder, files or weights that are missing there, a checkpoint of another family, an unknown
+            dtype, or image settings that do not fit the family.
     """
     config = _load_config(backbone, family)
     images = _image_settings(family, image_size, image_splitting)
     processor = _load_processor(backbone, config)  # first: it is read faster than weights
     model_class = getattr(transformers, CORES[family].model_class)
     try:
-        model = model_class.from_pretrained(backbone, config=config, dtype=_dtype(dtype))
+        model, report = model_class.from_pretrained(
+            backbone,
+            config=config,
+            dtype=_dtype(dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"backbone: expected a Hub id or a folder with weights (model.safetensors), got {backbone}, where none can "
             "be read. Next step: copy or download it anew, or make a checkpoint with hlrp-backbone. "
             f"({type(error).__name__}: {_first_line(error)})"
         ) from error
+    _check_complete(backbone, report)
     return CORES[family](model, processor, **images)
+
+
+def _check_complete(backbone: str | Path, report: dict[str, Any]) -> None:
+    """Args:
+        report: of `from_pretrained`. It lists no tied weights, which a checkpoint holds once.
+
+    Raises:
+        ValueError: some of the model's weights were not read. transformers leaves these at random.
+    """
+    missing = sorted(report["missing_keys"])
+    misfits = sorted(f"{name} {tuple(got)} for {tuple(wanted)}" for name, got, wanted in report["mismatched_keys"])
+    if missing or misfits:
+        raise ValueError(
+            "backbone: expected weights for every part of the model that its config.json describes, got "
+            f"{len(missing)} missing ({_brief(missing)}) and {len(misfits)} of another shape ({_brief(misfits)}) in "
+            f"{backbone}. Next step: copy or download it anew, with config.json and weights from one checkpoint."
+        )
+
+
+def _brief(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") or "-"
 
 
 def build_core(

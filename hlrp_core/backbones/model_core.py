@@ -32,7 +32,6 @@ class ModelCore(nn.Module, abc.ABC):
     Args:
         model: the family's own transformers class.
         processor: the checkpoint's own processor.
-        image_size: pixels along a square image's side that the processor scales to; None keeps its settings.
     """
 
     family: ClassVar[str]

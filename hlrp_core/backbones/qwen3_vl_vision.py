@@ -1,8 +1,8 @@
 """Qwen3-VL's vision tower with its tables kept, its attention batched and its patches embedded by one product.
 
-transformers computes rotary positions, position interpolation and attention image by image in Python loops. Images of
-one grid share the tables, and their attention is one batched call. The weights, the state dict and the results
-are those of transformers' class; the tests hold both equal.
+transformers computes rotary positions, position interpolation and attention image by image in Python loops. Here a
+grid's tables are computed once, and the attention of images of one grid is one batched call. The weights, the state
+dict and the results are those of transformers' class; the tests hold both equal.
 
 Shape legend: N images, P patches of one image, G = N * P patches of a call, E vision width.
 """
@@ -29,7 +29,7 @@ def optimize_vision_tower(visual: Qwen3VLVisionModel) -> None:
     """Give a loaded vision tower the faster parts of this module; its parameters stay its own."""
     # Swapping the class, rather than binding functions to the instance, survives deepcopy and keeps the state dict.
     visual.__class__ = CachedGridVisionModel
-    visual._grid_tables = {}  # type: ignore[attr-defined]
+    visual._rotary_tables, visual._corner_tables = {}, {}  # type: ignore[attr-defined]
     visual.patch_embed.__class__ = LinearPatchEmbed
     for block in visual.blocks:
         block.attn.__class__ = BatchedVisionAttention  # type: ignore[assignment]
@@ -38,7 +38,8 @@ def optimize_vision_tower(visual: Qwen3VLVisionModel) -> None:
 class CachedGridVisionModel(Qwen3VLVisionModel):
     """Computes a grid's tables once per grid, precision and device."""
 
-    _grid_tables: dict[tuple, tuple[Tensor, ...]]
+    _rotary_tables: dict[tuple, Tensor]  # by grid, device and precision
+    _corner_tables: dict[tuple, tuple[Tensor, Tensor]]
 
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
         """As in transformers. With `grid_thw` `[N, 3]` on the CPU the host never waits for the device."""
@@ -49,31 +50,28 @@ class CachedGridVisionModel(Qwen3VLVisionModel):
 
     def rot_pos_emb(self, grid_thw: Tensor) -> Tensor:
         """`[G, rotary width]`."""
-        grids = tuple(map(tuple, grid_thw.tolist()))
-        frequencies = self.rotary_pos_emb.inv_freq
-        key = ("rotary", grids, str(frequencies.device), frequencies.dtype)
-        if key not in self._grid_tables:
-            with torch.no_grad():
-                self._remember(key, (super().rot_pos_emb(grid_thw),))
-        return self._grid_tables[key][0]
+        frequencies, tables = self.rotary_pos_emb.inv_freq, []
+        for grid in map(tuple, grid_thw.tolist()):
+            key = (grid, frequencies.device, frequencies.dtype)
+            if key not in self._rotary_tables:
+                with torch.no_grad():
+                    table = super().rot_pos_emb(torch.tensor([grid]))
+                _remember(self._rotary_tables, key, _serving_training(table))
+            tables.append(self._rotary_tables[key])
+        return torch.cat(tables)
 
     def fast_pos_embed_interpolate(self, grid_thw: Tensor) -> Tensor:
         """`[G, E]`: the learnt position table, bilinearly interpolated to the grids."""
-        grids = tuple(map(tuple, grid_thw.tolist()))
-        weight = self.pos_embed.weight
-        key = ("interpolation", grids, str(weight.device), weight.dtype)
-        if key not in self._grid_tables:
-            indices, weights = zip(*(self._interpolation_table(grid) for grid in grids), strict=True)
-            self._remember(key, (torch.cat(indices, 1).to(weight.device), torch.cat(weights, 1).to(weight)))
-        indices, weights = self._grid_tables[key]  # (4, G) each
+        weight, tables = self.pos_embed.weight, []
+        for grid in map(tuple, grid_thw.tolist()):
+            key = (grid, weight.device, weight.dtype)
+            if key not in self._corner_tables:
+                indices, weights = self._interpolation_table(grid)
+                corners = _serving_training(indices.to(weight.device)), _serving_training(weights.to(weight))
+                _remember(self._corner_tables, key, corners)
+            tables.append(self._corner_tables[key])
+        indices, weights = (torch.cat(parts, 1) for parts in zip(*tables, strict=True))  # (4, G) each
         return (self.pos_embed(indices) * weights[:, :, None]).sum(0)  # (G, E)
-
-    def _remember(self, key: tuple, tables: tuple[Tensor, ...]) -> None:
-        if len(self._grid_tables) >= 64:  # data sets have few image sizes; this only bounds the odd one that has many
-            self._grid_tables.clear()
-        # a table made under inference mode must still serve a later training step
-        with torch.inference_mode(False):
-            self._grid_tables[key] = tuple(table.clone() for table in tables)
 
     def _interpolation_table(self, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """Corner rows `[4, patches]` of the position table and their weights, in the merger's block order."""
@@ -93,6 +91,18 @@ class CachedGridVisionModel(Qwen3VLVisionModel):
             return blocks.flatten(1).repeat(1, time)  # (4, time * height * width)
 
         return in_block_order(indices.long()), in_block_order(weights)
+
+
+def _remember(tables: dict, key: tuple, table: Any) -> None:
+    if len(tables) >= 64:  # data sets have few image sizes; this only bounds the odd one that has many
+        tables.clear()
+    tables[key] = table
+
+
+def _serving_training(table: Tensor) -> Tensor:
+    """A copy that was not made under inference mode: it must still serve a later training step."""
+    with torch.inference_mode(False):
+        return table.clone()
 
 
 class LinearPatchEmbed(Qwen3VLVisionPatchEmbed):

@@ -23,6 +23,7 @@ from transformers.image_utils import PILImageResampling
 
 from hlrp_core.backbones.instruction_tokenizer import train_tokenizer_files
 from hlrp_core.backbones.model_core import save_processor
+from hlrp_core.expectation import expect_choice
 
 SIZES = ("tiny", "small")
 
@@ -260,8 +261,7 @@ def write_random_checkpoint(
     """
     folder = Path(folder)
     for what, value, choices in (("family", family, FAMILIES), ("size", size, SIZES)):
-        if value not in choices:
-            raise ValueError(f"{what}: expected one of {', '.join(choices)}, got {value!r}")
+        expect_choice(what, value, choices)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(
             f"folder: expected a new or empty one, got {folder} with files in it. Next step: name another or delete it."

@@ -65,11 +65,11 @@ class ComposedBackend(nn.Module):
         self.code_head = code_head
         self.action_head = action_head
         self._code_counts = CodeCounts(config.codebook_size, config.code_seq_len)
-        frozen = (
-            core.parameters() if config.freeze_backbone else core.vision_parameters() if config.freeze_vision else []
-        )
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        if config.freeze_backbone:
+            core.model.requires_grad_(False)  # and not `core`: new rows of code tokens are no part of the backbone
+        elif config.freeze_vision:
+            for parameter in core.vision_parameters():
+                parameter.requires_grad_(False)
         speed_up_linears(self)
 
     @property
@@ -112,6 +112,15 @@ class ComposedBackend(nn.Module):
             UnsupportedModeError: the backend lacks the head for this mode.
             ValueError: the batch lacks the mode's labels, or they do not fit the backend.
         """
+        return self.combine(self.losses_of_samples(batch, mode=mode))
+
+    def combine(self, losses: dict[str, MaskedLoss]) -> LossOutput:
+        """The weighted sum of what `losses_of_samples` gave, for one batch or several."""
+        weights = {"codes": self.config.codes_loss_weight, "actions": self.config.actions_loss_weight}
+        return combine_losses(losses, weights)
+
+    def losses_of_samples(self, batch: FoundationBatch, *, mode: BackendMode) -> dict[str, MaskedLoss]:
+        """The mode's losses before they are summed, by objective. Raises as `loss_from_batch`."""
         objectives = self._objectives(mode)
         check_labels(batch, objectives)
         codes = read_codes(batch, self.config, self.core.device) if "codes" in objectives else None
@@ -125,8 +134,7 @@ class ComposedBackend(nn.Module):
         if "actions" in objectives:
             assert isinstance(batch, ActionBatch)
             losses["actions"] = self._actions_loss(batch, encoding, inputs)
-        weights = {"codes": self.config.codes_loss_weight, "actions": self.config.actions_loss_weight}
-        return combine_losses(losses, weights)
+        return losses
 
     def _codes_loss(self, batch: FoundationBatch, codes: Tensor, encoding: BackboneEncoding) -> MaskedLoss:
         result = self.code_head.loss(self.core, encoding, codes)
@@ -267,7 +275,11 @@ class ComposedBackend(nn.Module):
         inputs = self._prompt(batch, for_prediction=decodes)
         completion = self.code_head.completion(codes) if codes is not None else None
         if completion is None:
-            prefix_learns = codes is not None or (self.action_head is not None and self.action_head.needs_prefix)
+            needs_prefix = self.action_head is not None and self.action_head.needs_prefix
+            # Code rows alone learn next to nothing from actions, as a prompt holds their tokens only where its settings
+            # write them; a backward through the whole backbone would be the price.
+            backbone_learns = any(parameter.requires_grad for parameter in self.core.model.parameters())
+            prefix_learns = codes is not None or (needs_prefix and backbone_learns)
             with torch.set_grad_enabled(torch.is_grad_enabled() and prefix_learns):
                 return self._encode(inputs, use_cache=decodes), inputs
         return self._encode_with_completion(inputs, completion, use_cache=decodes), inputs

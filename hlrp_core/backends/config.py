@@ -42,7 +42,8 @@ class BackendConfig:
     code_source: codes that a code-conditioned action head trains on: those it will see (`predicted`), or the
         labels (`teacher`).
     codes_loss_weight, actions_loss_weight: of the two losses in multitask mode.
-    freeze_vision, freeze_backbone: parts that no mode trains. `freeze_backbone` covers the vision tower.
+    freeze_vision, freeze_backbone: parts that no mode trains. `freeze_backbone` covers the vision tower, and
+        not the rows of `train_vocabulary=code_rows`.
     """
 
     name: str = "qwen_chat"

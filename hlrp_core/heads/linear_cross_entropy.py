@@ -37,12 +37,15 @@ def linear_cross_entropy(
     if rows is None:
         rows = weight.new_empty(0, weight.shape[1])
     span = slice(first_row, first_row + len(rows))
-    return _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), rows.to(dtype), labels, span)  # type: ignore[return-value]
+    learns = torch.is_grad_enabled()  # within `forward` it always is off, and parameters need a gradient all the same
+    return _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), rows.to(dtype), labels, span, learns)  # type: ignore[return-value]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, rows: Tensor, labels: Tensor, span: slice) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, rows: Tensor, labels: Tensor, span: slice, learns: bool
+    ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             logits = _project(hidden, weight)  # (M, V) float32
             logits[:, span] = F.linear(hidden, rows).float()
@@ -51,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # In place on the CPU, where this kernel reads all of a row before it writes; other devices promise nothing.
         probabilities = torch.softmax(logits, dim=1, out=logits if logits.device.type == "cpu" else None)
         log_total = -probabilities.amax(dim=1).log()  # of exp(logits - highest), of which the highest is 1
-        if any(ctx.needs_input_grad):
+        if learns and any(ctx.needs_input_grad):
             ctx.save_for_backward(hidden, weight, rows, labels)
             ctx.span = span
             ctx.probabilities = probabilities
@@ -64,7 +67,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, rows, labels = ctx.saved_tensors
         if ctx.probabilities is None:
-            raise RuntimeError("linear_cross_entropy: expected one backward, got a second; its buffer is used up.")
+            raise RuntimeError(
+                "linear_cross_entropy: expected one backward, got a second; its buffer is used up. Next step: compute "
+                "the loss anew for each backward, or add up what is derived from it and call backward once."
+            )
         probabilities = ctx.probabilities
         ctx.probabilities = None
         of_logits = probabilities.mul_(grad[:, None])  # (M, V), in place again
@@ -77,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         of_weight = of_logits.t() @ hidden if needs_weight else None
         of_rows = at_rows.t() @ hidden if needs_rows else None
         workspace.keep(probabilities)
-        return of_hidden, of_weight, of_rows, None, None
+        return of_hidden, of_weight, of_rows, None, None, None
 
 
 class Workspace:
@@ -97,7 +103,8 @@ class Workspace:
             kept, self._kept = self._kept, None
         size = math.prod(shape)
         if kept is None or not size <= kept.numel() <= 2 * size:
-            kept = torch.empty(size)
+            with torch.inference_mode(False):  # a buffer that was made within it would fail in a later training step
+                kept = torch.empty(size)
         return kept[:size].view(shape)
 
     def keep(self, buffer: Tensor) -> None:

@@ -14,7 +14,7 @@ LengthSource = Literal["tokenizer", "processor"]
 PaddingSide = Literal["left", "right"]
 
 
-@dataclass
+@dataclass(frozen=True)  # prompts are kept: a setting that changed later would be obeyed by the new ones alone
 class PromptConfig:
     """What stands around the image and the instruction. Travels with the checkpoint.
 
@@ -26,8 +26,8 @@ class PromptConfig:
     system: str = ""
     # Text before the instruction, such as worked examples. May hold special tokens as `system` may.
     few_shot: str = ""
-    # `{instruction}` stands for the user's words, which are always plain text. What is around them is encoded with
-    # them, so that special tokens are refused here: they would come out as plain text, too.
+    # `{instruction}` stands for the user's words, in which special tokens are plain text. What is around them is
+    # encoded with them, so that special tokens are refused here: they would come out as plain text, too.
     instruction_template: str = "{instruction}"
     # False hides the user's words from the model: the baseline that cannot listen.
     use_instruction: bool = True
@@ -45,7 +45,7 @@ class PromptConfig:
     # model trained from scratch needs it to learn what the words point at.
     image_position: ImagePosition = "after"
     # Who finds the prompt's ids and so its length: the `tokenizer` alone, with the image's token count from its grid,
-    # or the `processor`'s own output. Both are compared once, at setup.
+    # or the `processor`'s own output. Both are compared once, with each number of images.
     length_from: LengthSource = "tokenizer"
     # In training. Prediction always pads left.
     padding_side: PaddingSide = "left"

@@ -1,8 +1,9 @@
 """PromptingStrategy: from frames and instructions to padded token ids and image inputs.
 
 A strategy only says which pieces a prompt is made of. Turning pieces into ids is the same for all of them, and
-exists twice: from the tokenizer alone (fast: every piece is encoded once and kept) and from the processor's own
-output (one call for the batch). `check_length_sources` holds the two equal at setup.
+exists twice: from the tokenizer alone (fast: a prompt is encoded once and kept) and from the processor's own output
+(one call for the batch). `check_length_sources` holds the two equal: at setup, and at the first prompt of each further
+number of images.
 
 The user's words, and the state's text behind them where that is asked for, are encoded with special tokens off, so that
 an instruction that contains `<|im_start|>` or `<ACT_3>` stays plain text; and together with the template's text around
@@ -56,6 +57,7 @@ class PromptingStrategy(abc.ABC):
         self.config = config
         self._pieces: dict[int, list[Piece]] = {}
         self._prompts: OrderedDict[tuple, EncodedPrompt] = OrderedDict()
+        self._compared: set[int] = set()  # numbers of images
 
     @abc.abstractmethod
     def build_pieces(self, num_images: int) -> list[Piece]:
@@ -82,8 +84,10 @@ class PromptingStrategy(abc.ABC):
             state: `[B, D]`, normalised; read with `config.state_text` alone.
 
         Raises:
-            ValueError: a prompt is too long, or has no state to write.
+            ValueError: a prompt is too long, has no state to write, or is another by tokenizer than by processor.
         """
+        if len(images) not in self._compared:
+            self.check_length_sources(len(images))
         words = self._words(instructions, state)
         if self.config.length_from == "processor":
             prompts, image_inputs = self._encode_with_processor(images, words)
@@ -107,10 +111,18 @@ class PromptingStrategy(abc.ABC):
         return prompts, inputs
 
     def _prompt(self, words: str, layouts: tuple[tuple[int, ...], ...]) -> EncodedPrompt:
+        if self.config.state_text:
+            return self._encode_prompt(words, layouts)  # hardly two prompts are alike
         key = (words, layouts)
         if key in self._prompts:
             self._prompts.move_to_end(key)
             return self._prompts[key]
+        prompt = self._prompts[key] = self._encode_prompt(words, layouts)
+        if len(self._prompts) > CACHED_PROMPTS:
+            self._prompts.popitem(last=False)
+        return prompt
+
+    def _encode_prompt(self, words: str, layouts: tuple[tuple[int, ...], ...]) -> EncodedPrompt:
         remaining = iter(layouts)
         ids: list[int] = []
         for piece in self.pieces(len(layouts)):
@@ -121,11 +133,7 @@ class PromptingStrategy(abc.ABC):
                     ids += self._user_ids(piece, words)
                 case ImageSlot():
                     ids += self.core.image_ids(next(remaining))
-        prompt = self._with_positions(torch.tensor(ids), list(layouts))
-        self._prompts[key] = prompt
-        if len(self._prompts) > CACHED_PROMPTS:
-            self._prompts.popitem(last=False)
-        return prompt
+        return self._with_positions(torch.tensor(ids), list(layouts))
 
     # -- the processor's way --------------------------------------------------------------------------------------
 
@@ -207,9 +215,11 @@ class PromptingStrategy(abc.ABC):
             if not torch.equal(fast.ids, slow.ids):
                 raise ValueError(
                     f"prompt: expected the same ids from the tokenizer and from the processor, got {len(fast.ids)} and "
-                    f"{len(slow.ids)} tokens for {text!r} ({type(self.core.processor).__name__}). Next step: this "
-                    "processor adds tokens of its own; write the prompt without them or use another processor."
+                    f"{len(slow.ids)} tokens for {text!r} with {num_images} image(s) "
+                    f"({type(self.core.processor).__name__}). Next step: this processor adds tokens of its own; write "
+                    "the prompt without them or use another processor."
                 )
+        self._compared.add(num_images)
 
 
 def special_tokens(core: ModelCore) -> list[str]:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from hlrp_core.backends.composed import ComposedBackend
 from hlrp_core.bundle import WEIGHTS, load_tensors, save_pretrained
-from hlrp_core.contract import FoundationBatch, LossOutput
+from hlrp_core.contract import BackendMode, FoundationBatch, LossOutput
 from hlrp_core.run_folder import (
     RunFolder,
     StopRequest,
@@ -43,7 +43,7 @@ from hlrp_core.training.config import DISPLAY_SETTINGS, PRECISIONS, CodeTraining
 from hlrp_core.training.evaluation import CodeEvaluation, evaluate_codes, evaluate_sources
 from hlrp_core.training.measures import Drawn, Window, shorten
 from hlrp_core.training.mixing import MixedBatches, MixedStream, open_stream
-from hlrp_core.training.objective import CodeObjective
+from hlrp_core.training.objective import TrainingObjective
 from hlrp_core.training.rows import merge_batches
 
 if TYPE_CHECKING:
@@ -151,14 +151,17 @@ class _CodeTrainer:
         set_seed(config.seed, device_specific=True)
         backend.setup(device=accelerator.device)
         parameters = [p for p in backend.parameters() if p.requires_grad]
-        if not parameters:
+        if not any(p.requires_grad for part in (backend.core, backend.code_head) for p in part.parameters()):
             raise ValueError(
-                f"backend '{backend.name}': expected parameters to train, got none, as all are frozen. "
-                "Next step: freeze_backbone=False."
+                f"backend '{backend.name}': expected parameters to train that the loss on codes reaches, got none, as "
+                "the backbone is frozen. Next step: freeze_backbone=False, or train_vocabulary=code_rows, which trains "
+                "the code tokens alone."
             )
         optimizer = torch.optim.AdamW(parameters, betas=config.betas, weight_decay=config.weight_decay)
         self.parameters = parameters
-        self.objective, self.optimizer = accelerator.prepare(CodeObjective(backend), optimizer)
+        self.objective, self.optimizer = accelerator.prepare(
+            TrainingObjective(backend, BackendMode(config.mode)), optimizer
+        )
         self.drawn = Drawn(backend.codebook_size, backend.code_seq_len)
         self.evaluation: CodeEvaluation | None = None
         self.by_source: dict[str, CodeEvaluation] = {}
@@ -274,6 +277,7 @@ class _CodeTrainer:
 
     def _save(self, stream: Stream) -> None:
         random_states = gather_object([capture_random_state()])
+        scaler = self.accelerator.scaler  # of float16 alone
         if self.accelerator.is_main_process:
             with self.run.new_checkpoint(self.step) as folder:
                 (folder / MODEL).mkdir()
@@ -288,6 +292,7 @@ class _CodeTrainer:
                     {
                         "step": self.step,
                         "num_processes": self.accelerator.num_processes,
+                        "loss_scale": scaler.state_dict() if scaler is not None else None,
                         "stream": stream.state(),
                         "drawn": self.drawn.state(),
                         "evaluation": self.evaluation.as_dict() if self.evaluation is not None else None,
@@ -310,11 +315,14 @@ class _CodeTrainer:
             )
         load_tensors(self.backend, checkpoint / MODEL / WEIGHTS)
         load_optimizer(self.optimizer, checkpoint / STATE)
+        if self.accelerator.scaler is not None and progress.get("loss_scale"):
+            self.accelerator.scaler.load_state_dict(progress["loss_scale"])
         self.step = progress["step"]
         self.drawn.restore(progress["drawn"])
-        self.evaluation = CodeEvaluation(**progress["evaluation"]) if progress["evaluation"] else None
-        self.by_source = {source: CodeEvaluation(**figures) for source, figures in progress["by_source"].items()}
+        self.evaluation = CodeEvaluation.from_dict(progress["evaluation"]) if progress["evaluation"] else None
+        self.by_source = {source: CodeEvaluation.from_dict(of) for source, of in progress["by_source"].items()}
         if self.accelerator.is_main_process:
+            self.run.repair_last()
             self.run.forget_after(self.step)
             logger.info("Continuing after step %d from %s", self.step, checkpoint)
         stream = open_stream(batches, progress["stream"])

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from hlrp_core.contract import BackendMode
 from hlrp_core.expectation import expect, expect_choice
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # ours -> accelerate's
+
+TRAINED_MODES = (BackendMode.CODES, BackendMode.MULTITASK)
 
 # They change what is shown or kept, not what is learned: a continued run may have others.
 DISPLAY_SETTINGS = ("log_freq", "eval_freq", "save_freq", "keep_checkpoints")
@@ -21,6 +24,8 @@ class CodeTrainingConfig:
         ValueError: a setting is out of range.
     """
 
+    # What is learned: `codes`, or `multitask`: codes, and actions where samples have them.
+    mode: str = "codes"
     # Optimizer steps.
     steps: int = 10_000
     # Peak learning rate; after the warmup it falls to 0 along a cosine.
@@ -53,6 +58,7 @@ class CodeTrainingConfig:
             expect(getattr(self, name) >= 0, name, "0 or more", getattr(self, name), "raise it.")
         for name in ("lr", "grad_clip_norm"):
             expect(getattr(self, name) > 0, name, "above 0", getattr(self, name), "raise it.")
+        expect_choice("mode", self.mode, [mode.value for mode in TRAINED_MODES])
         expect_choice("dtype", self.dtype, PRECISIONS)
 
 

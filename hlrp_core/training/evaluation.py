@@ -5,6 +5,7 @@ Shape legend: B batch, N samples, S code positions, K codebook size, D width of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -63,6 +64,12 @@ class CodeEvaluation:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, figures: dict[str, Any]) -> CodeEvaluation:
+        """Inverse of `as_dict`, also of what was written as JSON, where NaN is null."""
+        absent = {name: math.nan for name, value in figures.items() if value is None and name != "vector_r2"}
+        return cls(**{**figures, **absent})
 
     def as_table(self) -> str:
         """For a terminal."""

@@ -166,7 +166,7 @@ def _choose_preprocessor(
     from lerobot_hlrp.policy_types import load_preprocessor
 
     if command.own_statistics or not policy.config.reads_state:
-        return make_preprocessor(policy.config, meta)
+        return make_preprocessor(policy.config, meta, meta)
     return load_preprocessor(command.policy.path, policy, meta)
 
 

@@ -106,8 +106,9 @@ def train(command: TrainLAQCommand) -> int:
 
 def summary(figures: dict[str, Any], config: LAQConfig) -> str:
     """The figures as a short table."""
+    gain = figures["reconstruction_gain_db"]  # null where nothing moves in the held-out frames
     rows = [
-        ("reconstruction, above a copy of frame t", f"{figures['reconstruction_gain_db']:.2f} dB"),
+        ("reconstruction, above a copy of frame t", "-" if gain is None else f"{gain:.2f} dB"),
         ("perplexity of the codes", f"{figures['perplexity']:.2f} of {config.codebook_size}"),
         ("entries used", f"{100 * figures['used_share']:.0f}%"),
     ]

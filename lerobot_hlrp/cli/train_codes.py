@@ -1,5 +1,7 @@
 """hlrp-train-codes: stage 2 outside `lerobot-train`, measured by real decoding on held-out episodes while it runs.
 
+With `--mode=multitask --action_head=...` it learns actions in the same run, from the datasets that have them.
+
     hlrp-train-codes --backend=qwen_chat --backbone=Qwen/Qwen3-VL-2B-Instruct --codes=codes.safetensors \\
         --dataset.repo_id=user/videos --dataset.root=data/videos --dataset.eval_split=0.1 \\
         --output_dir=outputs/stage2 --steps=10000 --batch_size=32
@@ -24,7 +26,9 @@ from typing import TYPE_CHECKING, Any
 from lerobot.configs.default import DatasetConfig
 
 from hlrp_core.codes.token_scheme import TokenSchemeConfig
+from hlrp_core.contract import BackendMode
 from hlrp_core.expectation import expect, expect_at_least, expect_folder_path
+from hlrp_core.heads import ActionExpertConfig
 from hlrp_core.prompting.prompt import PromptConfig
 from hlrp_core.training.config import CodeTrainingConfig
 from lerobot_hlrp.cli.command import run_command
@@ -77,12 +81,41 @@ class TrainCodesCommand(CodeTrainingConfig):
     latent_pooling: str = "mean"
     # What is trained of the vocabulary's tables (token backends): `all` of them, or the `code_rows` alone.
     train_vocabulary: str = "all"
+    # How codes are read from the model (token backends), in evaluations and in the saved policy: `constrained`,
+    # `generate` or `free`.
+    decoding: str = "constrained"
     # How vectors are learned (vector backends): `regression` of their mean, or a `flow` that draws them from noise.
     vector_objective: str = "regression"
     # Folder or Hub id of the LAQ whose vectors a vector backend learns, beside a code table that lacks them.
     laq_weights: str | None = None
     # Keep the vision tower as it is.
     freeze_vision: bool = False
+    # Keep the whole backbone as it is; what learns are a latent head, or the rows of the code tokens
+    # (train_vocabulary=code_rows).
+    freeze_backbone: bool = False
+    # `mlp`, `flow`, `prefix_flow` or `laq`: what learns actions in mode=multitask.
+    action_head: str | None = None
+    # Sizes of the action head.
+    action_expert: ActionExpertConfig = field(default_factory=ActionExpertConfig)
+    # How codes reach the action head: `tokens`, `soft` or `none`; on a vector backend: `vector` or `none`. By default
+    # `none` for prefix_flow.
+    code_conditioning: str | None = None
+    # Codes that a code-conditioned action head trains on: `predicted`, as it will see them, or `teacher`.
+    code_source: str = "predicted"
+    # Actions predicted at once.
+    chunk_size: int = 16
+    # Actions run of each chunk before the next is predicted.
+    n_action_steps: int = 8
+    # Weight of the code loss in mode=multitask.
+    codes_loss_weight: float = 1.0
+    # Weight of the action loss in mode=multitask.
+    actions_loss_weight: float = 1.0
+    # Episodes of the (first) dataset that may supervise actions, such as [0,1,2]. By default all.
+    action_episodes: list[int] | None = None
+    # Instead of a list: the share of its episodes.
+    action_episode_share: float | None = None
+    # Seed of that draw.
+    action_episode_seed: int = 0
     # Of the backbone's weights. Below float32 only where memory demands it.
     backbone_dtype: str = "float32"
     # Samples in a batch, on each device; of all datasets together.
@@ -99,6 +132,13 @@ class TrainCodesCommand(CodeTrainingConfig):
         expect_at_least("batch_size", 1, self.batch_size)
         expect_at_least("num_workers", 0, self.num_workers)
         expect_at_least("max_eval_samples", 0, self.max_eval_samples)
+        expect(
+            self.action_head is None or self.mode == BackendMode.MULTITASK,
+            "action_head",
+            "mode=multitask beside it, which alone trains one",
+            f"mode={self.mode}",
+            "Set --mode=multitask, or leave --action_head out.",
+        )
 
 
 def train(command: TrainCodesCommand) -> int:
@@ -235,7 +275,7 @@ def open_datasets(
     )
     from lerobot_hlrp.policy_types import make_code_policy
 
-    policy, opened = None, []
+    policy, first, opened = None, None, []
     for settings in wanted:
         meta = load_metadata(settings)
         laq = None if command.datasets and settings.codes else command.laq
@@ -243,15 +283,15 @@ def open_datasets(
         if policy is None:
             own = {name: getattr(settings, name) for name in ("codes", "camera", "extra_cameras")}
             common = {name: getattr(command, name) for name in _POLICY_SETTINGS}
-            policy, _ = make_code_policy(
+            policy, meta = make_code_policy(
                 settings, command.backend, device=device, laq=laq, frame_gap=gap, **own, **common
             )
-            reader = policy.reader
+            reader, first = policy.reader, meta  # its statistics may have been narrowed to some episodes
         else:
-            reader = open_reader(policy, settings, meta, laq=laq, frame_gap=gap)
+            reader = open_reader(policy, settings, meta, first=first, laq=laq, frame_gap=gap)
         assert reader.config.frame_gap is not None  # the labels have settled it
         data = load_datasets(settings, reader.config)
-        preprocess = make_preprocessor(reader.config, meta)
+        preprocess = make_preprocessor(reader.config, meta, first)
         opened.append(LabelledDataset(settings, meta, reader, reader.config.frame_gap, *data, preprocess))
     assert policy is not None
     check_labels(opened)
@@ -261,8 +301,11 @@ def open_datasets(
 
 _POLICY_SETTINGS = (
     *("backbone", "prompt", "token_scheme", "image_size", "image_splitting", "code_objective"),
-    *("latent_pooling", "vector_objective", "laq_weights", "train_vocabulary", "freeze_vision"),
-    *("backbone_dtype", "dtype"),
+    *("latent_pooling", "vector_objective", "laq_weights", "train_vocabulary", "freeze_vision", "freeze_backbone"),
+    *("decoding", "backbone_dtype", "dtype"),
+    *("mode", "action_head", "action_expert", "code_conditioning", "code_source", "chunk_size", "n_action_steps"),
+    *("codes_loss_weight", "actions_loss_weight"),
+    *("action_episodes", "action_episode_share", "action_episode_seed"),
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from backend_helpers import CODES, OTHER_SETTINGS, conditioning_of, total_loss
@@ -17,7 +19,8 @@ def test_the_padding_side_changes_no_loss(name, build, settings):
     batch = fake_batch(backend, batch_size=4)
     losses = {}
     for side in ("left", "right"):
-        backend.prompting.config.padding_side = side
+        prompting = backend.prompting
+        backend.prompting = type(prompting)(backend.core, replace(prompting.config, padding_side=side))
         valid_mask = backend._prompt(batch, for_prediction=False).tokens.valid_mask
         lengths = valid_mask.sum(1)
         assert lengths.min() < lengths.max()

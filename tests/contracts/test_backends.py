@@ -143,6 +143,15 @@ def test_frozen_parts_get_no_gradient_and_learning_parts_do(build, head):
     assert all(key.startswith("action_head.") for key in trained)
     assert all(not p.requires_grad for p in backend.core.parameters())
 
+    if isinstance(backend.code_head, CodeTokenHead):
+        backend = build(head, freeze_backbone=True, train_vocabulary="code_rows").train()
+        total_loss(backend, batch, ACTIONS).loss.backward()
+        assert all(key.startswith("action_head.") for key in gradients(backend))
+        total_loss(backend, batch, MULTITASK).loss.backward()
+        trained = gradients(backend)
+        assert all(key.startswith(("action_head.", "core.code_rows.")) for key in trained)
+        assert all(trained[key].any() for key, _ in backend.named_parameters() if key.startswith("core.code_rows."))
+
     backend = build(head, freeze_vision=True).train()
     total_loss(backend, batch, MULTITASK).loss.backward()
     trained = gradients(backend)

@@ -137,9 +137,38 @@ class NumbersRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("name", GRIDS)
+def test_tables_that_are_put_together_are_those_of_transformers(name, make_tiny_backend):
+    """Bit for bit, computed and kept."""
+    theirs, ours = build_towers(make_tiny_backend)
+    grids = torch.tensor(GRIDS[name])
+    for _ in range(2):
+        assert torch.equal(ours.rot_pos_emb(grids), theirs.rot_pos_emb(grids))
+        assert_close(ours.fast_pos_embed_interpolate(grids), theirs.fast_pos_embed_interpolate(grids))
+    alone = [ours.fast_pos_embed_interpolate(grid[None]) for grid in grids]
+    assert torch.equal(ours.fast_pos_embed_interpolate(grids), torch.cat(alone))
+
+
+def test_one_grid_has_one_table_whatever_the_batch(make_tiny_backend, monkeypatch):
+    _, ours = build_towers(make_tiny_backend)
+    computed = []
+    table_of = type(ours)._interpolation_table
+    monkeypatch.setattr(
+        type(ours), "_interpolation_table", lambda self, grid: computed.append(grid) or table_of(self, grid)
+    )
+    small, wide = (1, 4, 4), (1, 4, 6)
+    for grids in ([small], [small] * 2, [small] * 5, [wide, small], [small, wide, small], [wide] * 3):
+        run(ours, patches(ours, grids), grids)
+    assert computed == [small, wide]
+    assert len(ours._rotary_tables) == len(ours._corner_tables) == 2
+
+
 def test_the_kept_tables_are_bounded(make_tiny_backend):
     _, ours = build_towers(make_tiny_backend)
-    for width in range(1, 80):
-        grids = [(1, 2, 2 * width)]
-        ours.rot_pos_emb(torch.tensor(grids))
-    assert len(ours._grid_tables) <= 64
+    many = [(1, 2, 2 * width) for width in range(1, 80)]
+    for grids in [*([grid] for grid in many), many]:
+        tables = ours.rot_pos_emb(torch.tensor(grids))
+        positions = ours.fast_pos_embed_interpolate(torch.tensor(grids))
+        assert len(tables) == len(positions) == sum(height * width for _, height, width in grids)
+    assert len(ours._rotary_tables) <= 64
+    assert len(ours._corner_tables) <= 64

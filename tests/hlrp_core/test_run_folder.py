@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hlrp_core.run_folder import (
     RunFolder,
@@ -45,6 +47,25 @@ def test_json_is_replaced_in_one_go(tmp_path):
         write_json(tmp_path / "f.json", {"a": object()})
     assert json.loads((tmp_path / "f.json").read_text()) == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["f.json"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_json_has_not_are_null(value, tmp_path):
+    data = {"a": [1.5, value], "b": {"c": (value, "x")}, "d": 2}
+    write_json(tmp_path / "f.json", data)
+    expected = {"a": [1.5, None], "b": {"c": [None, "x"]}, "d": 2}
+    assert json.loads((tmp_path / "f.json").read_text(), parse_constant=pytest.fail) == expected
+    run = RunFolder(tmp_path / "run", {"data": data})
+    RunFolder(tmp_path / "run", {"data": data})
+    run.log({"step": 1, "grad_norm": value})
+    line = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "grad_norm": None}
+
+
+def test_settings_that_an_earlier_version_wrote_with_infinity(tmp_path):
+    RunFolder(tmp_path / "run", {"norm": 1.0})
+    (tmp_path / "run" / "settings.json").write_text('{"norm": Infinity}')
+    RunFolder(tmp_path / "run", {"norm": math.inf})
 
 
 def test_continuing_needs_the_same_settings(tmp_path):
@@ -134,6 +155,28 @@ def test_checkpoints(tmp_path):
     assert len(list((tmp_path / "all" / "checkpoints").iterdir())) == 5
 
 
+def test_the_link_to_the_newest_checkpoint_is_repaired(tmp_path):
+    run = RunFolder(tmp_path / "run", SETTINGS)
+    run.repair_last()
+    assert not run.last.is_symlink()  # there is none to point to
+    for step in (5, 10):
+        with run.new_checkpoint(step):
+            pass
+    run.last.unlink()
+    for stale in ("none", "000005", "000007"):  # killed after the first, after a later one; its folder deleted since
+        if stale != "none":
+            run.last.unlink()
+            run.last.symlink_to(stale)
+        run.repair_last()
+        assert os.readlink(run.last) == "000010"
+    assert sorted(path.name for path in run.last.parent.iterdir()) == ["000005", "000010", "last"]
+    run.last.unlink()
+    run.last.mkdir()  # as some ways of copying leave it
+    run.repair_last()
+    assert run.last.is_dir()
+    assert not run.last.is_symlink()
+
+
 def test_metrics_of_lost_steps_are_dropped(tmp_path):
     run = RunFolder(tmp_path / "run", SETTINGS)
     run.forget_after(0)
@@ -177,6 +220,57 @@ def test_optimizer_and_random_numbers_continue_exactly(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == drawn  # noqa: NPY002
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}  # no pickle
+
+
+class FakeCUDA:
+    """Of several devices, one of them the process's own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, num_devices: int, current: int):
+        self.states = [torch.full((16,), 10 + device, dtype=torch.uint8) for device in range(num_devices)]
+        self.current = current
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: num_devices > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: num_devices)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+        monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": self.states[self.index(device)])
+        monkeypatch.setattr(torch.cuda, "set_rng_state", self.set)
+        for name in ("get_rng_state_all", "set_rng_state_all"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("not the other processes' devices"))
+
+    def index(self, device) -> int:
+        found = torch.device(device).index if not isinstance(device, int) else device
+        return self.current if found is None else found
+
+    def set(self, state: torch.Tensor, device="cuda") -> None:
+        self.states[self.index(device)] = state
+
+
+@pytest.mark.parametrize(("num_devices", "current"), [(4, 2), (2, 1), (1, 0), (0, 0)])
+def test_random_numbers_of_the_current_cuda_device_alone(num_devices, current, tmp_path, monkeypatch):
+    """The run may continue with fewer devices in sight, or without any."""
+    FakeCUDA(monkeypatch, num_devices=4, current=2)
+    save_random_state(capture_random_state(), tmp_path)
+    cuda = FakeCUDA(monkeypatch, num_devices=num_devices, current=current)
+    before = list(cuda.states)
+    restore_random_state(load_random_state(tmp_path))
+    for device, state in enumerate(cuda.states):
+        assert torch.equal(state, before[device]) or device == current
+    assert not cuda.states or int(cuda.states[current][0]) == 12
+
+
+def test_random_numbers_of_a_run_that_saw_no_cuda_device(tmp_path, monkeypatch):
+    FakeCUDA(monkeypatch, num_devices=0, current=0)
+    save_random_state(capture_random_state(), tmp_path)
+    cuda = FakeCUDA(monkeypatch, num_devices=1, current=0)
+    restore_random_state(load_random_state(tmp_path))
+    assert int(cuda.states[0][0]) == 10
+
+
+def test_random_numbers_of_all_devices_as_an_earlier_version_wrote_them(tmp_path):
+    state = capture_random_state()
+    save_random_state(state, tmp_path)
+    save_file({"torch": state["torch"], "cuda/0": state["torch"].clone()}, tmp_path / "random.safetensors")
+    with pytest.raises(ValueError, match=r"expected the random states torch and cuda, got cuda/0.*Next step"):
+        load_random_state(tmp_path)
 
 
 def test_an_optimizer_that_has_not_stepped(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from lerobot.datasets import LeRobotDatasetMetadata
+from lerobot.policies.factory import make_pre_post_processors
 
 from hlrp_core.bundle import load_backend, read_manifest
 from hlrp_core.laq.code_table import CodeTable
@@ -23,6 +25,7 @@ from lerobot_hlrp.cli.command import run_command
 from lerobot_hlrp.foundation_batches import FoundationBatches
 from lerobot_hlrp.frame_reader import read_frame
 from lerobot_hlrp.mixing import mix_batches
+from lerobot_hlrp.modeling_hlrp_qwen import HLRPQwenPolicy
 
 SPLIT = 0.5  # episodes 0 and 1 train, 2 and 3 are held out
 
@@ -230,6 +233,88 @@ def test_every_robot_has_its_own_statistics_and_width_of_state(tiny_qwen, entrie
         assert measured["loss"] == pytest.approx(in_training[name]["loss"], rel=1e-5)
     with pytest.raises(ValueError, match=r"data for prompt\.state_text: expected a state"):
         open_datasets(tiny_qwen, tmp_path / "run", entries, *flags)
+
+
+# -- codes and actions ----------------------------------------------------------------------------------------------
+
+MULTITASK = ["--mode=multitask", "--action_head=prefix_flow", "--chunk_size=4", "--n_action_steps=2"]
+MULTITASK += [f"--action_expert.{setting}" for setting in ("hidden_dim=32", "num_layers=1", "num_flow_steps=2")]
+
+
+def test_a_mix_teaches_codes_and_actions(tiny_qwen, entries, tmp_path):
+    """Of the video codes alone; the result is a policy that acts."""
+    flags = [*MULTITASK, "--codes_loss_weight=0.5", "--actions_loss_weight=2"]
+    folder = train(tiny_qwen, tmp_path / "run", entries, *flags, steps=4)
+    records = [record for record in read_metrics(tmp_path / "run") if "drawn" in record]
+    drawn = records[-1]["drawn"]
+    assert (drawn["robot"]["actions"], drawn["video"]["actions"]) == (drawn["robot"]["samples"], 0)
+    assert 0 < drawn["robot"]["codes"] < drawn["robot"]["samples"]  # the last frames of an episode have actions alone
+    assert drawn["video"]["codes"] == drawn["video"]["samples"]
+    for record in records:
+        parts = 0.5 * record["codes_loss"] + 2 * record["actions_loss"]
+        assert record["loss"] == pytest.approx(parts, rel=1e-4)
+
+    policy = HLRPQwenPolicy.from_pretrained(folder)
+    assert policy.config.mode == "multitask"
+    prepare, undo = make_pre_post_processors(policy.config, str(folder))
+    observation = {
+        "observation.images.top": torch.rand(3, 32, 32),
+        "observation.state": torch.zeros(3),
+        "task": "reach",
+    }
+    action = undo(policy.select_action(prepare(observation)))
+    assert action.shape == (1, 2)
+    assert action.isfinite().all()
+
+
+def test_actions_of_a_mix_are_those_of_the_robots(tiny_qwen, entries, make_dataset, code_table, tmp_path):
+    """In the scale of the first one, whose statistics the policy has."""
+    again = make_dataset(tmp_path / "again", seed=1)
+    second = {**entries["robot"], "name": "again", "root": again, "codes": code_table(again), "actions": True}
+    policy, datasets = open_datasets(tiny_qwen, tmp_path / "run", {**entries, "again": second}, *MULTITASK)
+    stats = datasets[0].meta.stats["action"]
+    mean, std = (torch.as_tensor(stats[name]).float() for name in ("mean", "std"))
+    for dataset, source in zip(datasets, mix_batches(datasets, batch_size=4, seed=0).sources.values(), strict=True):
+        for batch in source:
+            assert batch.actions.shape[1:] == (4, 2) and batch.state.shape[1:] == (3,)
+            assert bool(batch.action_valid.all()) == (dataset.title != "video")
+            if dataset.title == "video":
+                assert not batch.action_valid.any() and batch.codes_valid.all()
+                continue
+            stored = torch.stack([torch.as_tensor(action) for action in dataset.training.hf_dataset["action"]])
+            distances = torch.cdist(batch.actions[:, 0], (stored - mean) / std)
+            assert distances.min(1).values.max() < 1e-3
+    assert policy.config.action_feature.shape == (2,)
+
+
+def test_a_multitask_mix_continues_bit_by_bit(tiny_qwen, entries, tmp_path):
+    whole = train(tiny_qwen, tmp_path / "whole", entries, *MULTITASK, steps=4)
+    shutil.copytree(tmp_path / "whole", tmp_path / "continued", symlinks=True)
+    shutil.rmtree(tmp_path / "continued" / "checkpoints" / "000004")
+    continued = train(tiny_qwen, tmp_path / "continued", entries, *MULTITASK, steps=4)
+    assert (continued / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_errors_of_a_multitask_mix(tiny_qwen, entries, make_dataset, code_table, tmp_path):
+    wide = make_dataset(tmp_path / "wide", action_dim=5)
+    other = {**entries["robot"], "name": "wide", "root": wide, "codes": code_table(wide)}
+    video = {**entries["video"], "actions": True}
+    for wanted, flags, words in (
+        ({**entries, "wide": {**other, "actions": True}}, [], r"action of wide: expected width 2.*got width 5.*alone"),
+        ({**entries, "video": video}, [], r"action of video: expected width 2.*got none"),
+        (dict(reversed(entries.items())), [], "'action'"),  # the video first
+        (entries, ["--prompt.state_text=true"], r"observation\.state of video: expected width 3.*got none"),
+    ):
+        with pytest.raises(ValueError, match=words) as error:
+            open_datasets(tiny_qwen, tmp_path / "run", wanted, *MULTITASK, *flags)
+        assert "Next step" in str(error.value)
+    open_datasets(tiny_qwen, tmp_path / "run", {**entries, "wide": other}, *MULTITASK)  # it teaches codes
+    for settings, words in (
+        ({"mode": "actions"}, "mode: expected one of codes, multitask"),
+        ({"action_head": "mlp"}, "action_head: expected mode=multitask.*Next step: Set --mode=multitask"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train_codes.TrainCodesCommand(output_dir=tmp_path, backbone=str(tiny_qwen), **settings)
 
 
 def test_errors(tiny_qwen, entries, tiny_dataset, fast_videos, code_table, tmp_path):

@@ -20,7 +20,7 @@ from hlrp_core.bundle import WEIGHTS, build_saved_backend, load_backend, load_te
 from hlrp_core.codes.decoding import make_decoder
 from hlrp_core.contract import BackendMode
 from hlrp_core.registry import available_backends
-from hlrp_core.training.objective import CodeObjective
+from hlrp_core.training.objective import TrainingObjective
 
 CODES = BackendMode.CODES
 FAMILIES = {"qwen_chat": True, "smol_plain": False}  # whether the tables of the tiny checkpoint are tied
@@ -28,7 +28,9 @@ FAMILIES = {"qwen_chat": True, "smol_plain": False}  # whether the tables of the
 
 @pytest.fixture(scope="module")
 def build(make_tiny_backend: Callable) -> Callable[..., ComposedBackend]:
-    return lambda name, **settings: make_tiny_backend(name, **{"train_vocabulary": "code_rows", **settings})
+    return lambda name, head=None, **settings: make_tiny_backend(
+        name, head, **{"train_vocabulary": "code_rows", **settings}
+    )
 
 
 def tables(backend: ComposedBackend) -> list[torch.nn.Parameter]:
@@ -167,7 +169,7 @@ def test_on_several_devices_every_parameter_gets_its_gradient(name, build, tmp_p
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        objective = CodeObjective(build(name).train())
+        objective = TrainingObjective(build(name).train(), BackendMode.CODES)
         wrapped = torch.nn.parallel.DistributedDataParallel(objective)
         for _ in range(2):
             wrapped([fake_batch(objective.backend)]).loss.backward()
@@ -185,9 +187,26 @@ def test_a_copy_is_a_model_of_its_own(build):
     assert not torch.equal(twin.latent_from_batch(fake_batch(twin), mode=CODES).logits, before)
 
 
-def test_frozen_with_the_backbone(make_tiny_backend):
-    backend = make_tiny_backend("qwen_chat", "flow", train_vocabulary="code_rows", freeze_backbone=True)
-    assert not any(p.requires_grad for p in backend.core.parameters())
+@pytest.mark.parametrize("objective", ["completion", "restricted"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_they_learn_on_a_frozen_backbone(name, objective, build):
+    """Nothing else of the loss on codes could."""
+    backend = build(name, freeze_backbone=True, code_objective=objective)
+    trained = {key for key, p in backend.named_parameters() if p.requires_grad}
+    assert trained == {"core.code_rows.embedding", *([] if FAMILIES[name] else ["core.code_rows.projection"])}
+    frozen = {key: p.detach().clone() for key, p in backend.core.model.named_parameters()}
+    before = backend.loss_from_batch(fake_batch(backend), mode=CODES).loss.item()
+    take_steps(backend, 6)
+    assert backend.loss_from_batch(fake_batch(backend), mode=CODES).loss.item() < before
+    assert all(p.grad is None and torch.equal(p, frozen[key]) for key, p in backend.core.model.named_parameters())
+
+
+def test_actions_leave_them_alone_on_a_frozen_backbone(build):
+    """The prompt has no code token, and a gradient of zeros would cost a backward through the whole backbone."""
+    backend = build("qwen_chat", head="prefix_flow", freeze_backbone=True).train()
+    backend.loss_from_batch(fake_batch(backend), mode=BackendMode.ACTIONS).loss.backward()
+    assert backend.core.code_rows("embedding").grad is None
+    assert any(p.grad is not None for p in backend.action_head.parameters())
 
 
 @pytest.mark.parametrize("name", [name for name in available_backends() if name.endswith("_head")])

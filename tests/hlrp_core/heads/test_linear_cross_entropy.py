@@ -75,7 +75,7 @@ def test_a_second_backward_is_an_error_and_not_a_wrong_gradient():
     hidden, weight, labels = inputs()
     loss = linear_cross_entropy(hidden, weight, labels).sum()
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="got a second"):
+    with pytest.raises(RuntimeError, match=r"expected one backward, got a second.*Next step: compute the loss anew"):
         loss.backward()
 
 
@@ -136,3 +136,36 @@ def test_memory_of_logits_is_used_again():
     assert workspace.take(2 * M, V).shape == (2 * M, V)  # what is too small is let go
     workspace.keep(torch.empty(20 * M * V))
     assert workspace.take(M, V).untyped_storage().nbytes() < 20 * M * V * 4  # and what is far too large
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_under_inference_mode_leaves_nothing_that_breaks_training(dtype):
+    hidden, weight, labels = inputs(dtype)
+    workspace.clear()
+    expected = linear_cross_entropy(hidden, weight, labels)
+    gradients = torch.autograd.grad(expected.sum(), (hidden, weight))
+    for before in (workspace.clear, lambda: None):  # it makes the buffer, and it finds one
+        before()
+        with torch.inference_mode():
+            assert torch.equal(linear_cross_entropy(hidden, weight, labels), expected)
+            assert torch.equal(linear_cross_entropy(hidden.detach(), weight.detach(), labels), expected)
+        loss = linear_cross_entropy(hidden, weight, labels)
+        assert torch.equal(loss, expected)
+        again = torch.autograd.grad(loss.sum(), (hidden, weight))
+        assert all(torch.equal(a, b) for a, b in zip(again, gradients, strict=True))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_a_gradient_memory_is_used_again_at_once(mode):
+    """Parameters need a gradient there, too; none will be asked for."""
+    hidden, weight, labels = inputs()
+    workspace.clear()
+    with mode():
+        linear_cross_entropy(hidden, weight, labels)
+        kept = workspace.take(M, V)
+        address = kept.data_ptr()
+        workspace.keep(kept)
+        linear_cross_entropy(hidden, weight, labels)
+    taken = workspace.take(M, V)
+    assert taken.data_ptr() == address
+    assert not taken.is_inference()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError, replace
 from functools import cache
 
 import pytest
@@ -170,6 +171,36 @@ def test_a_processor_that_adds_tokens_of_its_own_is_an_error_at_setup(make_tiny_
         backend.setup(device=torch.device("cpu"))
 
 
+def test_prompts_with_several_images_are_compared_at_their_first_use(make_tiny_backend, monkeypatch):
+    """Setup knows of no cameras. Here the processor ends a prompt of two images differently."""
+    backend = make_tiny_backend(PLAIN)
+    backend.setup(device=torch.device("cpu"))
+    strategy, asked = backend.prompting, []
+    real = strategy._encode_with_processor
+
+    def by_processor(images, words):
+        asked.append(len(images))
+        prompts, inputs = real(images, words)
+        if is_different and len(images) == 2:
+            prompts = [replace(prompt, ids=prompt.ids[:-1]) for prompt in prompts]
+        return prompts, inputs
+
+    def encode(num_images: int) -> None:
+        strategy.encode([frames()[:, 0]] * num_images, ["go"], padding_side="left")
+
+    monkeypatch.setattr(strategy, "_encode_with_processor", by_processor)
+    is_different = True
+    encode(1)
+    assert asked == []  # setup has compared them
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"same ids from the tokenizer and from the processor.*2 image\(s\)"):
+            encode(2)
+    is_different = False
+    for num_images in (2, 2, 3, 1, 3):
+        encode(num_images)
+    assert asked == [2, 2, 2, 3]  # once is enough
+
+
 FIELDS = {
     "system": "{}",
     "few_shot": "{}",
@@ -246,6 +277,12 @@ def test_a_prompt_that_cannot_be_is_an_error_when_the_backend_is_made(build):
 def test_settings_out_of_range(setting, value):
     with pytest.raises(ValueError, match=rf"prompt\.{setting}: expected.*Next step"):
         PromptConfig(**{setting: value})
+
+
+def test_settings_cannot_change_under_prompts_that_are_kept(build):
+    backend = build()
+    with pytest.raises(FrozenInstanceError):
+        backend.prompting.config.instruction_template = "Do: {instruction}"
 
 
 def test_the_same_words_with_another_image_size_are_another_prompt(make_tiny_backend):

@@ -172,6 +172,16 @@ def test_the_state_decides_and_off_it_does_not(name, build):
     assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("is_written", [True, False])
+def test_prompts_with_a_state_are_not_kept(is_written, build):
+    """Hardly two of them are alike: they would only fill the memory."""
+    backend = build(state_text=is_written)
+    prompts = [read(backend, batch_of(state)) for state in (STATE, STATE + 0.5, STATE)]
+    assert prompts[0] == prompts[2]
+    assert (prompts[0] != prompts[1]) == is_written
+    assert bool(backend.prompting._prompts) != is_written
+
+
 def test_an_action_head_on_the_prompt_sees_it(build):
     backend = build(head="prefix_flow")
     batch = fake_batch(backend)

@@ -9,15 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from hlrp_core.backends.composed import ComposedBackend
 from hlrp_core.backends.fake_batch import fake_batch
 from hlrp_core.bundle import load_backend
 from hlrp_core.contract import BackendMode, FoundationBatch
+from hlrp_core.run_folder import RunFolder
 from hlrp_core.training import CodeTrainingConfig, MixedBatches, train_codes
+from hlrp_core.training.code_training import make_accelerator
 from hlrp_core.training.config import is_due, learning_rate
-from hlrp_core.training.objective import CodeObjective
+from hlrp_core.training.objective import TrainingObjective
 from hlrp_core.training.rows import merge_batches, take_rows
 
 CONFIG = CodeTrainingConfig(steps=6, lr=1e-3, warmup_steps=2, log_freq=2, eval_freq=3, save_freq=2, seed=3)
@@ -116,6 +119,30 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(build, tmp_path):
     assert len(read_metrics(tmp_path / "killed")) == len(read_metrics(tmp_path / "whole"))
 
 
+def test_a_kill_between_a_checkpoint_and_the_link_to_it(build, tmp_path, monkeypatch):
+    """The last checkpoint is there, and the link still names the one before."""
+    backend = build()
+    batches = make_batches(backend)
+    point = RunFolder._point_last_to
+
+    def killed(run, checkpoint):
+        if checkpoint.name == "000006":
+            raise RuntimeError("killed")
+        point(run, checkpoint)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "_point_last_to", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            train_codes(backend, batches, CONFIG, output_dir=tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "last"
+    assert (last.resolve().name, last.with_name("000006").is_dir()) == ("000004", True)
+    result = train_codes(build(seed=17), batches, CONFIG, output_dir=tmp_path / "run")
+    assert result.is_finished
+    assert result.folder == last / "pretrained_model"
+    assert os.readlink(last) == "000006"
+    assert torch.equal(load_backend(result.folder).core.lm_head.weight, backend.core.lm_head.weight)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_saves_and_says_how_to_go_on(number, build, tmp_path, capsys):
     backend = build()
@@ -197,10 +224,29 @@ def test_a_loss_that_is_not_a_number_stops_the_run(build, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_nothing_to_train(build, tmp_path):
-    backend = build(freeze_backbone=True)
-    with pytest.raises(ValueError, match="parameters to train"):
+@pytest.mark.parametrize("head", [None, "flow"])
+def test_nothing_to_train(head, build, tmp_path):
+    """The parameters of an action head learn nothing from codes."""
+    backend = build("qwen_plain", head, freeze_backbone=True)
+    expected = r"parameters to train.*Next step: freeze_backbone=False, or train_vocabulary=code_rows"
+    with pytest.raises(ValueError, match=expected):
         train_codes(backend, make_batches(backend), CONFIG, output_dir=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("qwen_plain", {"train_vocabulary": "code_rows"}), ("qwen_latent_head", {})]
+)
+def test_what_learns_on_a_frozen_backbone(name, settings, build, tmp_path):
+    backend = build(name, "flow", freeze_backbone=True, **settings)
+    frozen = {key: p.detach().clone() for key, p in backend.core.model.named_parameters()}
+    batches = make_batches(backend, 1)
+    config = replace(CONFIG, steps=8, lr=1e-2, log_freq=4, save_freq=0)
+    train_codes(backend, batches, config, output_dir=tmp_path / "run")
+    losses = [record["loss"] for record in read_metrics(tmp_path / "run")]
+    assert losses[1] < losses[0]
+    for key, p in backend.core.model.named_parameters():
+        if "embed_tokens" not in key:  # where the code tokens' rows are written for a checkpoint
+            assert torch.equal(p, frozen[key]), key
 
 
 def test_frozen_parts_stay(build, tmp_path):
@@ -218,6 +264,61 @@ def test_mixed_precision(build, tmp_path):
     assert result.is_finished
     assert backend.core.model.dtype == torch.float32  # the weights stay as they are
     assert all(record["loss"] > 0 for record in read_metrics(tmp_path / "run") if "loss" in record)
+
+
+def with_loss_scale(config: CodeTrainingConfig, backend: ComposedBackend, scale: float = 4.0) -> Accelerator:
+    """As accelerate scales the loss in float16, which it does not on a CPU; here it grows with every step."""
+    accelerator = make_accelerator(config, backend, cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1)
+    return accelerator
+
+
+def test_the_loss_scale_of_float16_continues(build, tmp_path):
+    batches = make_batches(build())
+
+    def train(folder: str, batches) -> float:
+        backend = build()
+        accelerator = with_loss_scale(CONFIG, backend)
+        try:
+            train_codes(backend, batches, CONFIG, output_dir=tmp_path / folder, accelerator=accelerator)
+        finally:
+            scales.append(accelerator.scaler.get_scale())
+        return scales[-1]
+
+    scales: list[float] = []
+    assert train("whole", batches) == 4.0 * 2**6
+    with pytest.raises(RuntimeError, match="power failure"):
+        train("killed", Power(batches, 5))
+    assert train("killed", batches) == scales[0]
+
+
+def test_a_step_that_float16_skips_leaves_valid_metrics(build, tmp_path):
+    """Its gradient is infinite: the scale was too large, and is halved."""
+    backend = build()
+    config = replace(CONFIG, steps=2, log_freq=1)
+    accelerator = with_loss_scale(config, backend, scale=2.0**127)
+    before = backend.core.lm_head.weight.detach().clone()
+    train_codes(backend, make_batches(backend), config, output_dir=tmp_path / "run", accelerator=accelerator)
+    assert torch.equal(backend.core.lm_head.weight, before)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert ["grad_norm" in record for record in records] == [False, False]
+    assert all(record["loss"] > 0 for record in records)
+
+
+def test_figures_that_are_no_numbers_are_written_as_null_and_read_again(build, tmp_path):
+    """As the perplexity of predictions of which none parses."""
+    backend = build(decoding="free")
+    batches = make_batches(backend)
+    config = replace(CONFIG, steps=1)
+    arguments = {"output_dir": tmp_path / "run", "eval_batches": batches[:1]}
+    result = train_codes(backend, batches, config, **arguments)
+    assert result.evaluation.unparsed == 1
+    (record,) = [record for record in read_metrics(tmp_path / "run") if "evaluation" in record]
+    assert record["evaluation"]["prediction_perplexity"] is None
+    again = train_codes(build(decoding="free"), batches, config, **arguments)
+    assert str(again.evaluation) == str(result.evaluation)  # NaN equals nothing
+    assert "nan" in again.evaluation.as_table()
 
 
 def test_learning_rate():
@@ -259,7 +360,7 @@ def make_mix(backend, *, batch_size: int = 4) -> MixedBatches:
 
 def test_a_mix_is_the_mean_over_its_samples(build):
     backend = build()
-    objective = CodeObjective(backend)
+    objective = TrainingObjective(backend, BackendMode.CODES)
     batches = make_batches(backend, 2)
     parts = [take_rows(batches[0], 0, 2), batches[1], take_rows(batches[0], 2, 3)]
     (merged,) = merge_batches(parts)

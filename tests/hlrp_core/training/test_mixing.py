@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
-from hlrp_core.contract import ActionBatch, FoundationBatch, LossOutput
+from hlrp_core.backends.fake_batch import fake_batch
+from hlrp_core.backends.losses import MaskedLoss, combine_losses
+from hlrp_core.contract import OBJECTIVES, ActionBatch, BackendMode, FoundationBatch
 from hlrp_core.training import MixedBatches
 from hlrp_core.training.mixing import MixedStream, open_stream
-from hlrp_core.training.objective import mean_loss
+from hlrp_core.training.objective import TrainingObjective, join_losses
 from hlrp_core.training.rows import merge_batches, take_rows
 
 
@@ -154,9 +157,47 @@ def test_only_batches_of_one_form_are_merged():
     assert [merged.instructions for merged in merge_batches(parts)] == [["a", "c"], ["b"], ["d"]]
 
 
-def test_the_mean_loss_counts_labelled_samples():
-    outputs = [LossOutput(torch.tensor(x), {"codes_loss": x, "code_accuracy": x}) for x in (1.0, 4.0)]
-    outputs.append(LossOutput(torch.tensor(0.0), {"codes_loss": 0.0}))  # of a batch without labels
-    mean = mean_loss(outputs, [3, 1, 0])
-    assert mean.loss.item() == mean.metrics["code_accuracy"] == mean.metrics["codes_loss"] == 1.75
-    assert mean_loss(outputs[2:] * 2, [0, 0]).loss.item() == 0
+# -- the loss of several batches ---------------------------------------------------------------------------------------
+
+
+def test_joined_losses_count_labelled_samples():
+    parts = [
+        MaskedLoss(torch.full((size,), value), torch.arange(size) < labelled, metrics)
+        for size, labelled, value, metrics in (
+            (3, 3, 1.0, {"code_accuracy": 1.0}),
+            (4, 1, 4.0, {"code_accuracy": 4.0}),
+            (2, 0, torch.nan, {}),  # of a batch without labels
+        )
+    ]
+    joined = join_losses(parts)
+    assert joined.metrics == {"code_accuracy": 1.75}
+    combined = combine_losses({"codes": joined}, {})
+    assert combined.loss.item() == combined.metrics["codes_loss"] == 1.75
+    assert combine_losses({"codes": join_losses(parts[2:] * 2)}, {}).loss.item() == 0
+
+
+@pytest.mark.parametrize("mode", [BackendMode.CODES, BackendMode.MULTITASK])
+def test_several_batches_are_as_one(mode, make_tiny_backend):
+    """Value and gradients, each loss over its own samples: not a mean of means."""
+    settings = {"codes_loss_weight": 0.5, "actions_loss_weight": 2.0}
+    backend = make_tiny_backend("qwen_plain", "mlp", code_source="teacher", **settings)
+    whole = replace(
+        fake_batch(backend, batch_size=5),
+        codes_valid=torch.tensor([True, False, True, True, True]),
+        action_valid=torch.tensor([True, False, False, True, False]),
+    )
+    results = []
+    for batches in ([whole], [take_rows(whole, 0, 1), take_rows(whole, 1, 5)]):
+        backend.zero_grad()
+        output = TrainingObjective(backend, mode)(batches)
+        output.loss.backward()
+        gradients = {name: p.grad.clone() for name, p in backend.named_parameters() if p.grad is not None}
+        results.append((output, gradients))
+    (one, gradients), (other, other_gradients) = results
+    assert one.metrics.keys() == other.metrics.keys() >= {f"{name}_loss" for name in OBJECTIVES[mode]}
+    for name in OBJECTIVES[mode]:
+        assert other.metrics[f"{name}_loss"] == pytest.approx(one.metrics[f"{name}_loss"], rel=1e-5)
+    torch.testing.assert_close(other.loss, one.loss)
+    assert gradients.keys() == other_gradients.keys()
+    for name, gradient in gradients.items():
+        assert (other_gradients[name] - gradient).abs().max() < 1e-5, name
