@@ -4,12 +4,12 @@
     python benchmarks/labelling.py --memory_episodes 4 400 --output benchmarks/results/labelling_memory.json
 
 The data are episodes of 250 frames of the tabletop under random actions, as PNG images and as video. The LAQ has random
-weights and the default settings; `label_ms` is `label_dataset` from the first frame to the written table, `decode_ms`
-the reading of all frames alone: both for one frame, of which all but the last three of an episode are labelled.
-`encode_ms` is the encoder alone, for one frame in memory that has the LAQ's size, and `resize_ms` what brings one frame
-there. `lerobot_ms` is LeRobot's decoder on whole episodes of video, which uses every core, and `items_ms` what
-LeRobot's own items cost, which read two frames for a pair. All are medians of rounds that take turns, with one thread
-for the encoder; `label_dataset` decodes in another.
+weights and the default settings, which see 64x64 pixels, or as many as a row names. `label_ms` is `label_dataset` from
+the first frame to the written table, `decode_ms` the reading of all frames alone: both for one frame, of which all but
+the last three of an episode are labelled. `encode_ms` is the encoder alone, for one frame in memory that has the LAQ's
+size, and `resize_ms` what brings one frame there. `lerobot_ms` is LeRobot's decoder on whole episodes of video, which
+uses every core, and `items_ms` what one of LeRobot's own items of two frames costs, a pair. All are medians of rounds
+that take turns, with one thread for the encoder; `label_dataset` decodes in another.
 
 Memory is the highest anonymous resident size of a fresh process that does nothing else than `hlrp-label`; pages of
 mapped files, which the system takes back when it needs them, are not in it.
@@ -38,16 +38,17 @@ from hlrp_core.laq.config import LAQConfig
 from hlrp_core.laq.quantizer import LatentActionQuantizer, resize_images
 from hlrp_tabletop.env import TabletopEnv
 from lerobot_hlrp.cli.label import LabelCommand, label
-from lerobot_hlrp.frame_reader import EpisodeFrames, read_frame
+from lerobot_hlrp.frame_reader import EpisodeFrames
 from lerobot_hlrp.labelling import encode_frames, label_dataset
 
 CAMERA = "observation.image"
 EPISODE_LENGTH = 250
 NUM_ENCODED = 256  # frames, for the encoder alone
-DATASETS = {  # name: image side, as video
-    "128x128 images": (128, False),
-    "128x128 video": (128, True),
-    "480x480 video": (480, True),
+DATASETS = {  # name: image side, as video, side that the LAQ sees
+    "128x128 images": (128, False, LAQConfig.image_size),
+    "128x128 images seen at 128x128": (128, False, 128),
+    "128x128 video": (128, True, LAQConfig.image_size),
+    "480x480 video": (480, True, LAQConfig.image_size),
 }
 
 
@@ -69,11 +70,16 @@ def record(root: Path, *, episodes: int, image_size: int, video: bool) -> LeRobo
     return LeRobotDataset("local/tabletop", root=root)
 
 
-def measure_time(name: str, folder: Path, episodes: int, rounds: int) -> dict[str, Any]:
-    image_size, video = DATASETS[name]
-    dataset = record(folder / name, episodes=episodes, image_size=image_size, video=video)
+def measure_time(name: str, folder: Path, args: argparse.Namespace, decoder: str) -> dict[str, Any]:
+    """Args:
+    decoder: of LeRobot, for video.
+    """
+    image_size, video, seen = DATASETS[name]
+    dataset = record(folder / name, episodes=args.episodes, image_size=image_size, video=video)
     reader = EpisodeFrames(dataset, CAMERA)
-    laq = LatentActionQuantizer(LAQConfig()).eval()
+    gap_s = LAQConfig.frame_gap / dataset.meta.fps
+    pairs = LeRobotDataset("local/tabletop", root=folder / name, delta_timestamps={CAMERA: [0, gap_s]})
+    laq = LatentActionQuantizer(LAQConfig(image_size=seen)).eval()
 
     def decode() -> None:
         for piece in reader.pieces():
@@ -89,7 +95,6 @@ def measure_time(name: str, folder: Path, episodes: int, rounds: int) -> dict[st
             times = [start + i / dataset.meta.fps for i in range(episode["length"])]
             decode_video_frames(path, times, dataset.tolerance_s, backend=decoder, return_uint8=True)
 
-    decoder = get_safe_default_video_backend()
     num_items = min(100, len(dataset))
     frames = torch.randint(0, 256, (NUM_ENCODED, image_size, image_size, 3), dtype=torch.uint8)
     small = torch.randint(0, 256, (NUM_ENCODED, laq.config.image_size, laq.config.image_size, 3), dtype=torch.uint8)
@@ -99,14 +104,14 @@ def measure_time(name: str, folder: Path, episodes: int, rounds: int) -> dict[st
             "label": label_all,
             "resize": lambda: resize_images(frames.permute(0, 3, 1, 2), laq.config.image_size),
             "encode": lambda: encode_frames(laq, small.numpy(), frame_gap=laq.frame_gap),
-            "items": lambda: [read_frame(dataset, CAMERA, index) for index in range(num_items)],
+            "items": lambda: [pairs[index] for index in range(num_items)],
             **({"lerobot": decode_by_lerobot} if video else {}),
         },
-        rounds,
+        args.rounds,
     )
     num_frames = len(dataset)
     amounts = {"decode": num_frames, "label": num_frames, "resize": NUM_ENCODED, "encode": NUM_ENCODED}
-    amounts |= {"items": num_items / 2, "lerobot": num_frames}
+    amounts |= {"items": num_items, "lerobot": num_frames}
     return {
         "frames": num_frames,
         **{f"{part}_ms": round(times[part] / amount, 3) if part in times else None for part, amount in amounts.items()},
@@ -140,16 +145,15 @@ def main() -> None:
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    machine = describe_machine()
+    machine, decoder = describe_machine(), get_safe_default_video_backend()
     with tempfile.TemporaryDirectory() as name:
         if args.memory_episodes:
             results = {str(number): measure_memory(Path(name), number) for number in args.memory_episodes}
         else:
-            results = {kind: measure_time(kind, Path(name), args.episodes, args.rounds) for kind in DATASETS}
+            results = {kind: measure_time(kind, Path(name), args, decoder) for kind in DATASETS}
     print(f"{machine['cpu']}, {machine['cores']} cores, one thread, torch {machine['torch']}, float32")
     first = next(iter(results.values()))
     print_table(["", *results], [[key, *(row[key] for row in results.values())] for key in first])
-    decoder = get_safe_default_video_backend()
     write_result({"machine": machine, "video_decoder": decoder, "results": results}, args.output)
 
 

@@ -10,7 +10,7 @@ the expert alone, on a frozen backbone, which is the default of `smolvla`. The r
 - `matched`: an expert as wide and as deep as that of `smolvla`, with as many parameters within 10%. It reads the flow
   time as DiT and pi0.5 do, from an embedding as wide as itself: such parameters are multiplied with once a chunk;
 - `same_heads`: also as wide, as deep and as large, but with the heads of `smolvla` and our default time embedding, so
-  that nearly all parameters take part in every flow step;
+  that four fifths of the parameters take part in every flow step;
 - `defaults`: the expert that `lerobot-train --policy.type=hlrp_smolvlm --policy.action_head=prefix_flow` makes.
 
 Ours multiply by oneDNN where no gradient is wanted (`hlrp_core/backbones/cpu_linear.py`), `smolvla` by torch's default,

@@ -5,17 +5,20 @@
 Both sides run the same backbone on the same batch, forward and backward, and give the same loss and gradients
 (printed). The reference projects every position onto the vocabulary and takes transformers' own loss of causal
 language models, with labels of -100 on the prompt, by torch's own kernels; ours multiplies with oneDNN's, and is timed
-by torch's own, too (`ours_torch`). Prompts are those of the family's published processor, where it is at hand. The
-vocabulary has as many rows as the family's published models, 151,936 in Qwen3-VL and 49,280 in SmolVLM2. Every token
-backend is measured; SmolVLM's on one size of picture, as it scales each to one tile. Rounds take turns; times are
-medians, of steps that begin without gradients, as a trainer's do. Memory is the peak of a step above what weights,
-gradients and batch take anyway.
+by torch's own, too (`ours_torch`). The two losses are also measured alone, from hidden states that are computed once:
+that is where the sides differ, and the backbone is no part of it. Prompts are those of the family's published
+processor, where it is at hand. The vocabulary has as many rows as the family's published models, 151,936 in Qwen3-VL
+and 49,280 in SmolVLM2, or a few more where the code tokens need them. Every token backend is measured; SmolVLM's on one
+size of picture, as it scales each to one tile. Rounds take turns; times are medians, of steps that begin without
+gradients, as a trainer's do. Memory is the peak of a step above what weights, gradients and batch take anyway.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -26,7 +29,10 @@ from torch import Tensor
 from hlrp_core import BackendMode, FoundationBatch, make_backend
 from hlrp_core.backbones.cpu_linear import torch_kernels
 from hlrp_core.backbones.random_checkpoint import write_random_checkpoint
+from hlrp_core.backbones.token_batch import TokenBatch
 from hlrp_core.backends.composed import ComposedBackend
+from hlrp_core.heads.action_head import PrefixEncoding
+from hlrp_core.heads.code_head import BackboneEncoding
 from hlrp_core.registry import get_recipe
 
 VOCABULARIES = {"qwen3_vl": 151_936, "smolvlm": 49_280}  # rows of the published models
@@ -50,21 +56,43 @@ def build(name: str, size: str, processors: Path, *, code_seq_len: int, codebook
     return backend.train()
 
 
+def encode(backend: ComposedBackend, batch: FoundationBatch) -> tuple[Tensor, Tensor, TokenBatch]:
+    """Hidden states `[B, L, W]` of prompt and completion, completion ids `[B, N]`, and the prompt."""
+    inputs = backend._prompt(batch, for_prediction=False)
+    completion = backend.code_head.completion(batch.target_codes.to(backend.core.device))
+    hidden, _ = backend.core(inputs.tokens.append(completion), inputs.images)
+    return hidden, completion, inputs.tokens
+
+
+def loss_of_full_logits(backend: ComposedBackend, hidden: Tensor, completion: Tensor) -> Tensor:
+    logits = backend.core.lm_head(hidden)  # (B, L, V)
+    labels = torch.full(hidden.shape[:2], -100, device=hidden.device)
+    labels[:, -completion.shape[1] :] = completion  # prompts are padded left
+    return backend.core.model.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+
+
 def full_logits_loss(backend: ComposedBackend, batch: FoundationBatch) -> Tensor:
     """The plain computation, on the same backbone."""
-    inputs = backend._prompt(batch, for_prediction=False)
-    completion = backend.code_head.completion(batch.target_codes)
-    tokens = inputs.tokens.append(completion)
-    hidden, _ = backend.core(tokens, inputs.images)
-    logits = backend.core.lm_head(hidden)  # (B, L, V)
-    labels = torch.full_like(tokens.ids, -100)
-    labels[:, -completion.shape[1] :] = completion  # prompts are padded left
-    model = backend.core.model
-    return model.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+    hidden, completion, _ = encode(backend, batch)
+    return loss_of_full_logits(backend, hidden, completion)
 
 
 def our_loss(backend: ComposedBackend, batch: FoundationBatch) -> Tensor:
     return backend.loss_from_batch(batch, mode=BackendMode.CODES).loss
+
+
+def losses_alone(backend: ComposedBackend, batch: FoundationBatch) -> dict[str, Callable[[], Tensor]]:
+    """Both losses of the same hidden states; their gradients end at the states and the vocabulary."""
+    with torch.no_grad():
+        hidden, completion, prompt = encode(backend, batch)
+    hidden.requires_grad_()
+
+    def ours() -> Tensor:
+        at_labels = hidden[:, prompt.ids.shape[1] - 1 : -1]  # prompts are padded left
+        encoding = BackboneEncoding(PrefixEncoding(hidden, prompt.valid_mask), prompt, at_labels)
+        return backend.code_head.loss(backend.core, encoding, batch.target_codes).per_sample.mean()
+
+    return {"ours": ours, "full": lambda: loss_of_full_logits(backend, hidden, completion)}
 
 
 def difference(backend: ComposedBackend, batch: FoundationBatch) -> dict[str, float]:
@@ -92,28 +120,32 @@ def measure(name: str, size: str, image: tuple[int, int], args: argparse.Namespa
         target_codes=torch.randint(0, K, (B, S), generator=rng),
     )
     result: dict = difference(backend, batch)
+    whole = {"ours": lambda: our_loss(backend, batch), "full": lambda: full_logits_loss(backend, batch)}
+    alone = losses_alone(backend, batch)
 
-    def step(loss) -> None:
+    def step(loss: Callable[[], Tensor]) -> None:
         backend.zero_grad()  # as a trainer does
-        loss(backend, batch).backward()
-
-    def memory_of_step(loss) -> int:
-        step(loss)  # leaves gradients behind, to which the step that counts adds
-        return extra_peak_bytes(lambda: loss(backend, batch).backward())
+        loss().backward()
 
     def step_on_torch_kernels() -> None:
         with torch_kernels():
-            step(our_loss)
+            step(whole["ours"])
+
+    def memory_of_step(loss: Callable[[], Tensor]) -> float:
+        step(loss)  # leaves gradients behind, to which the step that counts adds
+        return extra_peak_bytes(lambda: loss().backward()) / 2**20
 
     times = interleaved_ms(
         {
-            "ours": lambda: step(our_loss),
+            "ours": lambda: step(whole["ours"]),
             "ours_torch": step_on_torch_kernels,
-            "full": lambda: step(full_logits_loss),
+            "full": lambda: step(whole["full"]),
         },
         rounds=args.rounds,
     )
-    memory = {name: memory_of_step(loss) for name, loss in (("ours", our_loss), ("full", full_logits_loss))}
+    times_alone = interleaved_ms({name: partial(step, loss) for name, loss in alone.items()}, rounds=args.rounds)
+    memory = {name: memory_of_step(loss) for name, loss in whole.items()}
+    memory_alone = {name: memory_of_step(loss) for name, loss in alone.items()}
     tokens = backend._prompt(batch, for_prediction=False).tokens
     config = backend.core.model.config.text_config
     return {
@@ -131,9 +163,15 @@ def measure(name: str, size: str, image: tuple[int, int], args: argparse.Namespa
         "full_ms": times["full"],
         "time_ratio": round(times["full"] / times["ours"], 2),
         "time_ratio_torch": round(times["full"] / times["ours_torch"], 2),
-        "ours_extra_mb": round(memory["ours"] / 2**20, 1),
-        "full_extra_mb": round(memory["full"] / 2**20, 1),
+        "ours_extra_mb": round(memory["ours"], 1),
+        "full_extra_mb": round(memory["full"], 1),
         "memory_ratio": round(memory["full"] / memory["ours"], 2),
+        "ours_alone_ms": times_alone["ours"],
+        "full_alone_ms": times_alone["full"],
+        "time_ratio_alone": round(times_alone["full"] / times_alone["ours"], 2),
+        "ours_alone_extra_mb": round(memory_alone["ours"], 1),
+        "full_alone_extra_mb": round(memory_alone["full"], 1),
+        "memory_ratio_alone": round(memory_alone["full"] / memory_alone["ours"], 2),
         **result,
     }
 

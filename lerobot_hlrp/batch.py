@@ -98,7 +98,8 @@ class BatchReader:
             labels["actions"], labels["action_is_pad"] = read_actions(
                 batch, chunk_size=self.config.chunk_size, action_dim=self._action_dim, action_valid=valid
             )
-            labels["action_valid"] = torch.ones(len(frames), dtype=torch.bool) if valid is None else valid
+            everyone = torch.ones(len(frames), dtype=torch.bool, device=frames.device)
+            labels["action_valid"] = everyone if valid is None else valid
         if self.config.reads_state:
             # a prompt shows the state of every sample, labelled or not
             labels["state"] = self._read_state(batch, None if self.config.prompt.state_text else valid)

@@ -253,6 +253,24 @@ def check_labels(datasets: Sequence[LabelledDataset]) -> None:
         )
 
 
+def check_supervision(dataset: LabelledDataset) -> None:
+    """Raises:
+    ValueError: the episodes that may supervise actions are not among those that are trained on.
+    """
+    chosen = dataset.reader.action_episodes
+    if chosen is None:
+        return
+    training = dataset.training.episodes
+    trained = range(dataset.meta.total_episodes) if training is None else training
+    expect(
+        not set(chosen.tolist()).isdisjoint(trained),
+        "action_episodes",
+        f"episodes of {dataset.title} that are trained on",
+        f"{chosen.tolist()}, of which none is",
+        "Choose others: `episodes` may leave them out, and `eval_split` holds the last ones of each task out.",
+    )
+
+
 def settle_frame_gap(policy: HLRPPolicy, datasets: Sequence[LabelledDataset]) -> None:
     """Let the policy's settings name a frame gap only if it learns from one."""
     if not all(is_same_time(datasets[0].frame_gap_s, other.frame_gap_s) for other in datasets):

@@ -268,6 +268,7 @@ def open_datasets(
     from lerobot_hlrp.mixing import (
         LabelledDataset,
         check_labels,
+        check_supervision,
         choose_frame_gap,
         make_preprocessor,
         open_reader,
@@ -295,6 +296,7 @@ def open_datasets(
         opened.append(LabelledDataset(settings, meta, reader, reader.config.frame_gap, *data, preprocess))
     assert policy is not None
     check_labels(opened)
+    check_supervision(opened[0])
     settle_frame_gap(policy, opened)
     return policy, opened
 
@@ -311,7 +313,11 @@ _POLICY_SETTINGS = (
 
 def _settings(command: TrainCodesCommand, datasets: list[LabelledDataset]) -> dict[str, Any]:
     """What a continued run must have in common with its beginning, beside the core's settings."""
-    common = {"batch_size": command.batch_size, "backbone": command.backbone}
+    common: dict[str, Any] = {"batch_size": command.batch_size, "backbone": command.backbone}
+    if command.mode == BackendMode.MULTITASK:
+        chosen = ("action_episodes", "action_episode_share", "action_episode_seed")
+        common |= {name: getattr(command, name) for name in chosen}
+        common["actions"] = [dataset.title for dataset in datasets if dataset.settings.actions]
     if not command.datasets:
         return {**common, **_data_settings(datasets[0])}
     weights = {f"weight of {dataset.title}": dataset.settings.weight for dataset in datasets}

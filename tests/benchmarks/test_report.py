@@ -32,6 +32,8 @@ SAMPLES = {
             "time_ratio": 2.0,
             "time_ratio_torch": 1.5,
             "memory_ratio": 3.0,
+            "time_ratio_alone": 4.5,
+            "memory_ratio_alone": 5.5,
         }
     ],
     "decoding": [{**CODES, "constrained_over_floor": 1.25, "generate_over_constrained": 4.0}],

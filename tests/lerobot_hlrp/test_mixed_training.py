@@ -291,6 +291,8 @@ def test_a_multitask_mix_continues_bit_by_bit(tiny_qwen, entries, tmp_path):
     whole = train(tiny_qwen, tmp_path / "whole", entries, *MULTITASK, steps=4)
     shutil.copytree(tmp_path / "whole", tmp_path / "continued", symlinks=True)
     shutil.rmtree(tmp_path / "continued" / "checkpoints" / "000004")
+    with pytest.raises(ValueError, match=r"action_episodes=None.*got action_episodes=\[0\]"):
+        train(tiny_qwen, tmp_path / "continued", entries, *MULTITASK, "--action_episodes=[0]", steps=4)
     continued = train(tiny_qwen, tmp_path / "continued", entries, *MULTITASK, steps=4)
     assert (continued / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
@@ -303,6 +305,11 @@ def test_errors_of_a_multitask_mix(tiny_qwen, entries, make_dataset, code_table,
         ({**entries, "wide": {**other, "actions": True}}, [], r"action of wide: expected width 2.*got width 5.*alone"),
         ({**entries, "video": video}, [], r"action of video: expected width 2.*got none"),
         (dict(reversed(entries.items())), [], "'action'"),  # the video first
+        (
+            entries,
+            ["--action_episodes=[2,3]"],
+            r"action_episodes: expected episodes of robot that.*\[2, 3\], of which none",
+        ),
         (entries, ["--prompt.state_text=true"], r"observation\.state of video: expected width 3.*got none"),
     ):
         with pytest.raises(ValueError, match=words) as error:
