@@ -127,9 +127,14 @@ class FoundationBatches:
         }
 
 
-def labelled_items(dataset: LeRobotDataset, reader: BatchReader) -> Tensor:
-    """Positions in the dataset whose frames have a label, as far as that is known without looking at frames."""
-    if reader.config.learns_actions or not isinstance(reader.labels, TableLabels):
+def labelled_items(dataset: LeRobotDataset, reader: BatchReader, *, with_codes: bool = False) -> Tensor:
+    """Positions in the dataset whose frames have a label, as far as that is known without looking at frames.
+
+    Args:
+        with_codes: an action is not enough.
+    """
+    has_actions = reader.config.learns_actions and not with_codes
+    if has_actions or not isinstance(reader.labels, TableLabels):
         return torch.arange(len(dataset))
     _, valid = reader.labels.table.lookup(frame_indices(dataset))
     return valid.nonzero().flatten()

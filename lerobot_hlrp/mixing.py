@@ -319,13 +319,13 @@ def read_held_out(datasets: Sequence[LabelledDataset], most: int, **settings: An
         most: samples of each dataset; 0 for all.
         settings: of `FoundationBatches`.
     """
-    from lerobot_hlrp.foundation_batches import FoundationBatches, spread
+    from lerobot_hlrp.foundation_batches import FoundationBatches, labelled_items, spread
 
     found = {}
     for dataset in datasets:
         if dataset.held_out is not None:
             batches = FoundationBatches(dataset.held_out, dataset.reader, preprocess=dataset.preprocess, **settings)
-            batches.items = spread(batches.items, most)
+            batches.items = spread(labelled_items(dataset.held_out, dataset.reader, with_codes=True), most)
             found[dataset.title] = batches
     return found
 

@@ -243,7 +243,7 @@ MULTITASK += [f"--action_expert.{setting}" for setting in ("hidden_dim=32", "num
 
 def test_a_mix_teaches_codes_and_actions(tiny_qwen, entries, tmp_path):
     """Of the video codes alone; the result is a policy that acts."""
-    flags = [*MULTITASK, "--codes_loss_weight=0.5", "--actions_loss_weight=2"]
+    flags = [*MULTITASK, "--codes_loss_weight=0.5", "--actions_loss_weight=2", "--max_eval_samples=10"]
     folder = train(tiny_qwen, tmp_path / "run", entries, *flags, steps=4)
     records = [record for record in read_metrics(tmp_path / "run") if "drawn" in record]
     drawn = records[-1]["drawn"]
@@ -253,6 +253,9 @@ def test_a_mix_teaches_codes_and_actions(tiny_qwen, entries, tmp_path):
     for record in records:
         parts = 0.5 * record["codes_loss"] + 2 * record["actions_loss"]
         assert record["loss"] == pytest.approx(parts, rel=1e-4)
+
+    measured = read_metrics(tmp_path / "run")[-1]["by_source"]  # frames with a code alone
+    assert [measured[name]["num_samples"] for name in ("robot", "video")] == [10, 10]
 
     policy = HLRPQwenPolicy.from_pretrained(folder)
     assert policy.config.mode == "multitask"
