@@ -1,4 +1,4 @@
-"""Trains and measures a LAQ on frame tuples.
+"""Trains a LAQ on frame tuples.
 
     <output_dir>/config.json, model.safetensors      the LAQ, when training is done
     <output_dir>/metrics.json                        its final figures
@@ -10,9 +10,7 @@ seed, step and process alone. Under `accelerate launch` every process has batche
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -27,16 +25,19 @@ from tqdm import tqdm
 
 from hlrp_core.expectation import expect, expect_at_least
 from hlrp_core.laq.config import LAQConfig
+from hlrp_core.laq.evaluation import (
+    calibration_batches,
+    evaluate_reconstruction,
+    expect_some,
+    measure_laq,
+    perplexity_figures,
+)
 from hlrp_core.laq.pairs import FrameTuples
 from hlrp_core.laq.probes import (
     MIN_PAIRS_TO_JUDGE,
     CodebookUse,
     CollapseWatch,
-    action_probe_r2,
-    check_no_collapse,
-    has_motion_to_tell,
     measure_codebook_use,
-    psnr_gain_db,
 )
 from hlrp_core.laq.quantizer import LatentActionQuantizer
 from hlrp_core.run_folder import (
@@ -51,8 +52,6 @@ from hlrp_core.run_folder import (
     save_random_state,
     write_json,
 )
-
-logger = logging.getLogger(__name__)
 
 RUN = "run"
 FINAL_METRICS = "metrics.json"
@@ -124,17 +123,13 @@ def check_pairs(laq: LAQConfig, config: LAQTrainingConfig, *, num_train: int, nu
     Raises:
         ValueError: there are none, or with FSQ, which goes by the spread of the latents, a single transition.
     """
-    _expect_some("training", num_train)
-    _expect_some("held-out", num_held_out)
+    expect_some("training", num_train)
+    expect_some("held-out", num_held_out)
     if laq.quantizer == "fsq" and laq.num_frames == 2:
         why = "with laq.quantizer=fsq, which goes by the spread of what it sees at once"
         more = "Use longer or more episodes, or a smaller laq.frame_gap."
         expect(num_train > 1, "training pairs", f"2 or more {why}", num_train, more)
         expect(config.batch_size > 1, "batch_size", f"2 or more {why}", config.batch_size, "Use 2 or a larger number.")
-
-
-def _expect_some(which: str, num_pairs: int) -> None:
-    expect(num_pairs > 0, f"{which} pairs", "1 or more", num_pairs, "Use longer episodes, or a smaller laq.frame_gap.")
 
 
 def train_laq(
@@ -172,7 +167,7 @@ def train_laq(
     if not _LAQTrainer(laq, train, held_out, config, run=run, accelerator=accelerator).train_to_the_end():
         return None
     # In every process, so that none waits for another and a collapse ends them all.
-    laq.calibrate(_calibration_batches(train, accelerator.device))
+    laq.calibrate(calibration_batches(train, accelerator.device))
     figures = measure_laq(laq, train, held_out.spread(config.max_eval_pairs))
     if accelerator.is_main_process:
         laq.save_pretrained(output_dir)
@@ -265,7 +260,7 @@ class _LAQTrainer:
         if self.accelerator.is_main_process:
             figures = evaluate_reconstruction(self.laq, self.held_out.spread(256).batches(64))
             use, num_pairs = self._measure_use()
-            record = {"step": self.step, "loss": mean_loss, **figures, **_perplexity_figures(use)}
+            record = {"step": self.step, "loss": mean_loss, **figures, **perplexity_figures(use)}
             self.run.log(record)
             found = [(record, use, num_pairs)]
         record, use, num_pairs = broadcast_object_list(found)[0]
@@ -322,120 +317,3 @@ class _LAQTrainer:
             self.run.forget_after(self.step)
             print(f"Continuing after step {self.step}.")
         return load_random_state(checkpoint, name=f"random_{self.accelerator.process_index}")
-
-
-# -- measuring --------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def evaluate_reconstruction(laq: LatentActionQuantizer, batches: Iterable[Tensor]) -> dict[str, float]:
-    """Mean squared errors of the reconstruction and of the copy of frame t, and the gain between them in dB.
-
-    Raises:
-        ValueError: there are no batches.
-    """
-    laq.eval()
-    device = next(laq.parameters()).device
-    error, copy_error, count = 0.0, 0.0, 0
-    for frames in batches:
-        output = laq(frames.to(device))
-        error += (output.reconstruction - output.target).square().mean().item() * len(frames)
-        copy_error += (output.source - output.target).square().mean().item() * len(frames)
-        count += len(frames)
-    _expect_some("held-out", count)
-    return {
-        "mse": error / count,
-        "copy_mse": copy_error / count,
-        "reconstruction_gain_db": psnr_gain_db(error / count, copy_error / count),
-    }
-
-
-def encode_all(laq: LatentActionQuantizer, tuples: FrameTuples, batch_size: int = 256) -> Tensor:
-    """Codes `[M, S]` of all tuples, on the CPU."""
-    device = next(laq.parameters()).device
-    return torch.cat([laq.encode(frames.to(device)).cpu() for frames in tuples.batches(batch_size)])
-
-
-def measure_laq(
-    laq: LatentActionQuantizer, train: FrameTuples, held_out: FrameTuples, *, max_probe_pairs: int = 10_000
-) -> dict[str, Any]:
-    """The figures of a trained LAQ on held-out tuples: reconstruction, use of the codebook, action probe and controls.
-
-    With few held-out tuples the use of the codebook is that of training tuples (`codebook_use_from`), and where none of
-    the held-out motions differs from another there is no action probe.
-
-    Raises:
-        CodebookCollapseError: the codes carry nothing.
-        ValueError: there are no held-out tuples.
-    """
-    _expect_some("held-out", len(held_out))
-    codes = encode_all(laq, held_out)
-    use_from, codes_in_use = "held-out", codes
-    if len(held_out) < MIN_PAIRS_TO_JUDGE:
-        logger.warning("Only %d held-out pairs: the use of the codebook is that of training pairs.", len(held_out))
-        use_from, codes_in_use = "training", encode_all(laq, train.spread(2000))
-    use = measure_codebook_use(codes_in_use, laq.codebook_size)
-    check_no_collapse(use, laq.codebook_size)
-    figures: dict[str, Any] = evaluate_reconstruction(laq, held_out.batches(256)) | _use_figures(use)
-    figures["codebook_use_from"] = use_from
-    if train.motion is not None and held_out.motion is not None:
-        motion = torch.from_numpy(held_out.motion)
-        if has_motion_to_tell(motion[_is_known(motion)]):
-            figures |= run_action_probes(laq, train.spread(max_probe_pairs), held_out, held_out_codes=codes)
-        else:
-            logger.warning("No action probe: the %d held-out pairs have the same motion.", len(held_out))
-    return figures
-
-
-def _perplexity_figures(use: CodebookUse) -> dict[str, Any]:
-    return {"perplexity": use.perplexity, "perplexity_by_position": use.perplexities.tolist()}
-
-
-def _use_figures(use: CodebookUse) -> dict[str, Any]:
-    return _perplexity_figures(use) | {"used_share": use.used_share, "code_counts": use.counts.tolist()}
-
-
-def run_action_probes(
-    laq: LatentActionQuantizer, train: FrameTuples, held_out: FrameTuples, *, held_out_codes: Tensor
-) -> dict[str, float]:
-    """R² of the probe on the LAQ's codes, on those of a random-weight LAQ, and on shuffled ones."""
-    assert train.motion is not None and held_out.motion is not None
-    motion, test_motion = torch.from_numpy(train.motion), torch.from_numpy(held_out.motion)
-    size = laq.codebook_size
-
-    known, test_known = _is_known(motion), _is_known(test_motion)
-
-    def probe(train_codes: Tensor, test_codes: Tensor) -> float:
-        return action_probe_r2(
-            train_codes[known], motion[known], test_codes[test_known], test_motion[test_known], codebook_size=size
-        )
-
-    codes = encode_all(laq, train)
-    order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))
-    random_laq = make_random_laq(laq.config, train).to(next(laq.parameters()).device)
-    return {
-        "action_probe_r2": probe(codes, held_out_codes),
-        "action_probe_r2_random": probe(encode_all(random_laq, train), encode_all(random_laq, held_out)),
-        "action_probe_r2_shuffled": probe(codes[order], held_out_codes),
-    }
-
-
-def _is_known(motion: Tensor) -> Tensor:
-    """`[N]` bool of motions `[N, A]`."""
-    return motion.isfinite().all(1)
-
-
-def make_random_laq(config: LAQConfig, tuples: FrameTuples, *, seed: int = 1) -> LatentActionQuantizer:
-    """A LAQ that learnt nothing but the mean and spread of its own latents: the control with a fair codebook.
-
-    Without that, random weights put all pairs into one code, and the control would be too easy to beat.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        laq = LatentActionQuantizer(config)
-        laq.calibrate(_calibration_batches(tuples, torch.device("cpu")))
-    return laq.eval()
-
-
-def _calibration_batches(tuples: FrameTuples, device: torch.device) -> Iterator[Tensor]:
-    return (frames.to(device) for frames in tuples.spread(4096).batches(256))

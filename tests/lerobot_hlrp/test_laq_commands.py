@@ -221,7 +221,7 @@ def test_pairs_of_unknown_actions_are_left_out_of_the_probe(tiny_dataset, tmp_pa
     actions = read_actions(dataset)
     actions[3] = np.nan
     monkeypatch.setattr("lerobot_hlrp.laq_data.read_actions", lambda _: actions)
-    monkeypatch.setattr("hlrp_core.laq.training.MIN_PAIRS_TO_JUDGE", 1)
+    monkeypatch.setattr("hlrp_core.laq.evaluation.MIN_PAIRS_TO_JUDGE", 1)
     command = TrainLAQCommand(
         dataset=DatasetConfig(repo_id="test/tiny", root=str(tiny_dataset)),
         output_dir=tmp_path / "laq",
@@ -253,7 +253,7 @@ def test_mistakes_are_found_before_frames_are_decoded(mistake, tiny_dataset, tmp
 
 
 def test_what_the_probe_predicts_is_a_setting_of_the_run(tiny_dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("hlrp_core.laq.training.MIN_PAIRS_TO_JUDGE", 1)
+    monkeypatch.setattr("hlrp_core.laq.evaluation.MIN_PAIRS_TO_JUDGE", 1)
     scores = {}
     for probe in ("sum", "difference"):
         command = TrainLAQCommand(

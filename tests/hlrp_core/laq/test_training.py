@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from hlrp_core.laq.config import QUANTIZERS, LAQConfig
+from hlrp_core.laq.evaluation import evaluate_reconstruction, measure_laq
 from hlrp_core.laq.pairs import FrameTuples, tuple_starts
 from hlrp_core.laq.probes import (
     CodebookCollapseError,
@@ -24,13 +25,7 @@ from hlrp_core.laq.probes import (
     one_hot_features,
 )
 from hlrp_core.laq.quantizer import LatentActionQuantizer
-from hlrp_core.laq.training import (
-    LAQTrainingConfig,
-    evaluate_reconstruction,
-    make_accelerator,
-    measure_laq,
-    train_laq,
-)
+from hlrp_core.laq.training import LAQTrainingConfig, make_accelerator, train_laq
 
 CONFIG = LAQConfig(image_size=32, hidden_dim=32, num_layers=2, frame_gap=1, code_seq_len=2)
 SAMPLE = FrameTuples.sample
